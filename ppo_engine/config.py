@@ -1,4 +1,7 @@
-"""The settings of one run, frozen and checked at birth.  Fields have no defaults: the caller decides."""
+"""The settings of one run, frozen and checked at birth.
+
+Fields have no defaults: whoever starts a run decides each of them.
+"""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,0 +1,81 @@
+"""What the sampler returns (`Samples`) and what one update learns from (`Rollout`).
+
+Legend: B sequences, P prompt tokens (padded left), T response tokens (padded right), V vocabulary.
+Column t of every [B, T] tensor belongs to response token t; `old_values[:, t]` is the value of the
+state in which that token was chosen.  Outside `response_mask` every [B, T] tensor is zero, so the
+ratio there is exp(0) = 1, its gradient is zero, and no formula mentions padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Responses of one step as the sampler drew them."""
+
+    tokens: Tensor
+    """[B, P+T] int64; the generated ids themselves, never re-tokenised text."""
+    attention_mask: Tensor
+    """[B, P+T] bool; True = real token.  From lengths: padding may equal the stop token."""
+    response_mask: Tensor
+    """[B, T] bool; True = token the policy sampled, the first stop token included."""
+    behavior_logprobs: Tensor
+    """[B, T] fp32; log-probability under the policy that sampled."""
+    is_truncated: Tensor
+    """[B] bool; True = ended by length, not by a stop token."""
+    texts: tuple[str, ...]
+    """The responses as text, without the stop token; what graders see."""
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that do not fit together."""
+        rows, columns = self.response_mask.shape
+        if self.tokens.shape != self.attention_mask.shape:
+            raise ValueError("tokens and attention_mask differ in shape")
+        if self.tokens.shape[0] != rows or self.tokens.shape[1] <= columns:
+            raise ValueError("tokens must be [B, P+T] with P >= 1")
+        _check_zero_outside(self.behavior_logprobs, self.response_mask, "behavior_logprobs")
+
+    @property
+    def prompt_columns(self) -> int:
+        """P, the padded prompt length."""
+        return self.tokens.shape[1] - self.response_mask.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Scored responses with everything an update needs, computed once at its start."""
+
+    samples: Samples
+    """What was sampled."""
+    old_logprobs: Tensor
+    """[B, T] fp32; the ratio's denominator: the trainer's log-probabilities before the update."""
+    kl_reference_logprobs: Tensor
+    """[B, T] fp32; under the frozen reference, the base with the adapter off."""
+    old_values: Tensor
+    """[B, T] fp32; the critic's values before the update."""
+    entropy: Tensor
+    """[B, T] fp32; entropy of the old policy in nats."""
+    scores: Tensor
+    """[B] fp32; the grader's rewards, raw."""
+    advantages: Tensor
+    """[B, T] fp32; as the loss uses them."""
+    returns: Tensor
+    """[B, T] fp32; targets of the critic."""
+    raw_advantage_std: float
+    """Standard deviation of the advantages before standardizing."""
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that are not zero outside the responses."""
+        mask = self.samples.response_mask
+        for name in ("old_logprobs", "kl_reference_logprobs", "old_values", "advantages", "returns"):
+            _check_zero_outside(getattr(self, name), mask, name)
+
+
+def _check_zero_outside(values: Tensor, mask: Tensor, name: str) -> None:
+    if values.shape != mask.shape:
+        raise ValueError(f"{name} is {tuple(values.shape)}, expected {tuple(mask.shape)}")
+    if torch.any(torch.where(mask, 0.0, values) != 0):
+        raise ValueError(f"{name} must be zero outside response_mask")

@@ -1,0 +1,108 @@
+"""Prompts in, sampled responses out: a decode loop on the model's own forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppo_engine.policy import Policy, position_ids
+from ppo_engine.prompts import EncodedPrompt
+from ppo_engine.rollout import Samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """Draws responses from the policy, token by token, at the policy's temperature.
+
+    Nothing is cut from the distribution (no top-p, no top-k): the policy that samples is the one
+    whose log-probabilities the loss uses.
+    """
+
+    policy: Policy
+    max_response_tokens: int
+    """Responses are cut at this length."""
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[EncodedPrompt], generator: torch.Generator) -> Samples:
+        """One response per prompt."""
+        tokens, attention_mask = self._left_padded(prompts)
+        responses, logprobs = self._decode(tokens, attention_mask, generator)
+        response_mask = _until_first_stop(responses, self.policy.base.stop_ids)
+        tokens = torch.cat([tokens, torch.where(response_mask, responses, self._pad_id)], dim=1)
+        return Samples(
+            tokens=tokens,
+            attention_mask=torch.cat([attention_mask, response_mask], dim=1),
+            response_mask=response_mask,
+            behavior_logprobs=torch.where(response_mask, logprobs, 0.0),
+            is_truncated=~_is_stop(responses, self.policy.base.stop_ids).any(dim=1),
+            texts=self._decoded(responses, response_mask),
+        )
+
+    @property
+    def _pad_id(self) -> int:
+        return self.policy.base.pad_id
+
+    def _left_padded(self, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask, [B, P]."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        missing = [longest - len(prompt.token_ids) for prompt in prompts]
+        rows = [
+            [self._pad_id] * gap + list(prompt.token_ids)
+            for gap, prompt in zip(missing, prompts, strict=True)
+        ]
+        device = self.policy.device
+        columns = torch.arange(longest, device=device)
+        attention_mask = columns[None, :] >= torch.tensor(missing, device=device)[:, None]
+        return torch.tensor(rows, device=device), attention_mask
+
+    def _decode(
+        self, tokens: Tensor, attention_mask: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Sampled tokens and their log-probabilities, [B, T]; meaningless after a row's stop."""
+        positions = position_ids(attention_mask)
+        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        cache = None
+        responses, logprobs = [], []
+        for _ in range(self.max_response_tokens):
+            logits, cache = self.policy.step(tokens, attention_mask, positions, cache)
+            log_distribution = torch.log_softmax(logits / self.policy.temperature, dim=-1)
+            drawn = draw(log_distribution.exp(), generator)
+            responses.append(drawn)
+            logprobs.append(log_distribution.gather(1, drawn[:, None]).squeeze(1))
+            stopped |= _is_stop(drawn, self.policy.base.stop_ids)
+            if bool(stopped.all()):
+                break
+            tokens = drawn[:, None]
+            positions = positions[:, -1:] + 1
+            attention_mask = torch.cat([attention_mask, torch.ones_like(tokens).bool()], dim=1)
+        return torch.stack(responses, dim=1), torch.stack(logprobs, dim=1)
+
+    def _decoded(self, responses: Tensor, response_mask: Tensor) -> tuple[str, ...]:
+        """Text of each response, special tokens left out."""
+        rows = [row[mask].tolist() for row, mask in zip(responses, response_mask, strict=True)]
+        tokenizer = self.policy.base.tokenizer
+        return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index per row of [B, V], by the inverse of the cumulative distribution; [B] int64.
+
+    `searchsorted(right=True)` never lands on a token of probability zero.
+    """
+    cumulative = probabilities.cumsum(dim=1)
+    # From the sum as computed, not from 1: rounding must not let a draw fall off the end.
+    uniform = torch.rand((len(probabilities), 1), generator=generator, device=generator.device)
+    threshold = uniform.to(cumulative.device) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    return drawn.clamp(max=probabilities.shape[1] - 1)
+
+
+def _is_stop(tokens: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
+    return torch.isin(tokens, torch.tensor(stop_ids, device=tokens.device))
+
+
+def _until_first_stop(responses: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
+    """True up to and including each row's first stop token; [B, T] bool."""
+    is_stop = _is_stop(responses, stop_ids).long()
+    return is_stop.cumsum(dim=1) - is_stop == 0
