@@ -1,0 +1,76 @@
+"""The way to Postgres: one engine per process, one visible transaction per use case."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+
+from sqlalchemy import Connection, create_engine, func
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.sql.functions import Function
+
+from core.errors import DatabaseUnavailable
+
+
+def driver_url(url: str) -> URL:
+    """The same address for SQLAlchemy with psycopg 3."""
+    return make_url(url).set(drivername="postgresql+psycopg")
+
+
+def now() -> Function[datetime]:
+    """The database's clock at the start of the transaction: the only clock that counts."""
+    return func.now()
+
+
+class Database:
+    """A pool of connections; build it in the process that uses it, after any fork."""
+
+    def __init__(
+        self, url: str, *, pool_size: int = 16, statement_timeout_seconds: float = 5
+    ) -> None:
+        milliseconds = round(statement_timeout_seconds * 1000)
+        self.engine = create_engine(
+            driver_url(url),
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=5,
+            pool_pre_ping=True,
+            json_serializer=partial(json.dumps, allow_nan=False),
+            connect_args={
+                "connect_timeout": 5,
+                "application_name": "trimtab",
+                "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
+            },
+        )
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """One transaction: commits at the end of the block, rolls back when it raises.
+
+        DatabaseUnavailable stands for a lost or refused connection and for an exhausted pool.
+        """
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except PoolTimeout as error:
+            raise DatabaseUnavailable("all database connections are busy") from error
+        except (OperationalError, InterfaceError) as error:
+            if _is_lost(error):
+                raise DatabaseUnavailable from error
+            raise
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _is_lost(error: OperationalError | InterfaceError) -> bool:
+    """Whether the connection is to blame rather than the statement.
+
+    Connection failures carry no SQLSTATE, class 08, or 57P0x (the server is going down).
+    """
+    state = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or state is None or state[:2] == "08" or state[:4] == "57P0"
