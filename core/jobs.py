@@ -1,0 +1,287 @@
+"""What users do to jobs: create, look up, list, cancel.  What holders do: `core/attempts.py`.
+
+Each function takes the caller's transaction and never commits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+
+from core import journal, models
+from core.db import now
+from core.dispatch import DEFAULT_QUEUE, NOTIFY_CHANNEL
+from core.errors import InvalidCursor, JobAlreadyFinished, JobNotFound
+from core.events import EventCode, NewEvent
+from core.ids import public_job_id
+from core.rows import Attempt, Checkpoint, Job, attempt_of, checkpoint_of, job_of
+from core.spec import SPEC_VERSION
+from core.states import JobStatus, StopWanted
+
+_job = models.job.c
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """A checked request, ready to be stored."""
+
+    tenant_id: UUID
+    created_by: UUID
+    spec: Mapping[str, Any]
+    """`JobSpec.stored()`."""
+    resolved: Mapping[str, Any]
+    """`Resolved.to_dict()`."""
+    model: str
+    """Id of the base model, as the catalog writes it."""
+    training_file_id: UUID
+    validation_file_id: UUID | None = None
+    method: str = "ppo"
+    suffix: str | None = None
+    metadata: Mapping[str, str] | None = None
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
+    warnings: Sequence[Mapping[str, Any]] = ()
+    """`{code, param, message}` each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs a list shows."""
+
+    status: Sequence[JobStatus] = ()
+    model: str | None = None
+    method: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    has_no_metadata: bool = False
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPage:
+    """Some jobs in order, and whether there are more."""
+
+    jobs: list[Job]
+    has_more: bool
+
+
+def create(tx: Connection, new: NewJob) -> Job:
+    """Store the job with its first event; the commit itself rings the dispatcher."""
+    row = tx.execute(
+        insert(models.job)
+        .values(
+            tenant_id=new.tenant_id,
+            created_by=new.created_by,
+            spec=dict(new.spec),
+            spec_version=SPEC_VERSION,
+            resolved=dict(new.resolved),
+            warnings=[dict(one) for one in new.warnings],
+            model=new.model,
+            method=new.method,
+            training_file_id=new.training_file_id,
+            validation_file_id=new.validation_file_id,
+            suffix=new.suffix,
+            seed=new.resolved["seed"],
+            metadata=None if new.metadata is None else dict(new.metadata),
+            status=JobStatus.QUEUED,
+            queue=new.queue,
+            priority=new.priority,
+            total_steps=new.resolved["total_steps"],
+            last_seq=1,
+        )
+        .returning(models.job)
+    ).one()
+    job = job_of(row)
+    event = NewEvent(
+        code=EventCode.JOB_CREATED,
+        message="Created fine-tuning job: " + public_job_id(job.id),
+        data={"from": None, "to": job.status.value},
+    )
+    _write(tx, job, [event])
+    notify(tx, job.id)
+    return job
+
+
+def get(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The tenant's job; JobNotFound for another tenant's as for none."""
+    row = tx.execute(
+        select(models.job).where(_job.id == job_id, _job.tenant_id == tenant_id)
+    ).one_or_none()
+    if row is None:
+        raise JobNotFound(f"There is no job {public_job_id(job_id)}.")
+    return job_of(row)
+
+
+def page(
+    tx: Connection,
+    *,
+    tenant_id: UUID,
+    limit: int,
+    after: UUID | None = None,
+    order: Literal["asc", "desc"] = "desc",
+    where: JobFilter | None = None,
+) -> JobPage:
+    """The tenant's jobs by creation time, beginning behind `after`; InvalidCursor if not theirs."""
+    place = tuple_(_job.created_at, _job.id)
+    conditions = [_job.tenant_id == tenant_id, *_conditions(where or JobFilter())]
+    if after is not None:
+        cursor = _cursor(tx, after, tenant_id)
+        conditions.append(place < cursor if order == "desc" else place > cursor)
+    ordering = (
+        (_job.created_at.desc(), _job.id.desc())
+        if order == "desc"
+        else (_job.created_at.asc(), _job.id.asc())
+    )
+    rows = tx.execute(
+        select(models.job).where(*conditions).order_by(*ordering).limit(limit + 1)
+    ).all()
+    return JobPage(jobs=[job_of(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+
+def _cursor(tx: Connection, after: UUID, tenant_id: UUID) -> Any:
+    row = tx.execute(
+        select(_job.created_at, _job.id).where(_job.id == after, _job.tenant_id == tenant_id)
+    ).one_or_none()
+    if row is None:
+        raise InvalidCursor(f"after: there is no job {public_job_id(after)}", param="after")
+    return tuple_(row.created_at, row.id)
+
+
+def _conditions(where: JobFilter) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if where.status:
+        conditions.append(_job.status.in_([status.value for status in where.status]))
+    if where.model is not None:
+        conditions.append(_job.model == where.model)
+    if where.method is not None:
+        conditions.append(_job.method == where.method)
+    if where.metadata:
+        conditions.append(_job.metadata.contains(dict(where.metadata)))
+    if where.has_no_metadata:
+        conditions.append(_job.metadata.is_(None))
+    if where.created_after is not None:
+        conditions.append(_job.created_at > where.created_after)
+    if where.created_before is not None:
+        conditions.append(_job.created_at < where.created_before)
+    return conditions
+
+
+def cancel(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The job, cancelled at once or asked to stop; the same again if it is cancelled already.
+
+    JobAlreadyFinished after success or failure.  From here on it never becomes `succeeded`.
+    """
+    is_held = _job.lease_until.is_not(None)
+    row = tx.execute(
+        update(models.job)
+        .where(
+            _job.id == job_id,
+            _job.tenant_id == tenant_id,
+            or_(
+                _job.status.in_([JobStatus.QUEUED, JobStatus.PAUSED]),
+                and_(
+                    _job.status.in_([JobStatus.RUNNING, JobStatus.VALIDATING_FILES]),
+                    _job.stop_wanted.is_distinct_from(StopWanted.CANCEL),
+                ),
+            ),
+        )
+        .values(
+            status=case((is_held, _job.status), else_=JobStatus.CANCELLED),
+            stop_wanted=case((is_held, StopWanted.CANCEL), else_=None),
+            stop_wanted_at=now(),
+            finished_at=case((is_held, None), else_=now()),
+            dispatched_at=case((is_held, _job.dispatched_at), else_=None),
+            last_seq=_job.last_seq + 1,
+        )
+        .returning(models.job)
+    ).one_or_none()
+    if row is None:
+        return _already_cancelled(tx, job_id, tenant_id)
+    job = job_of(row)
+    _write(tx, job, [_cancel_event(job)])
+    return job
+
+
+def _already_cancelled(tx: Connection, job_id: UUID, tenant_id: UUID) -> Job:
+    """Why a cancel changed nothing: no such job, finished otherwise, or cancelled before."""
+    job = get(tx, job_id, tenant_id=tenant_id)
+    if job.status in {JobStatus.SUCCEEDED, JobStatus.FAILED}:
+        raise JobAlreadyFinished(f"The job has already {job.status.value}; nothing to cancel.")
+    return job
+
+
+def _cancel_event(job: Job) -> NewEvent:
+    if job.status == JobStatus.CANCELLED:
+        return NewEvent(
+            code=EventCode.JOB_CANCELLED,
+            message="The job was cancelled before it ran again",
+            data={"to": job.status.value, "reason": "user"},
+        )
+    return NewEvent(
+        code=EventCode.CANCEL_REQUESTED,
+        message="Cancel requested; the job stops at the next step",
+        step=job.step,
+    )
+
+
+def queue_position(tx: Connection, job: Job) -> int | None:
+    """How many jobs of the same queue go first, plus one; None unless it is queued."""
+    if job.status != JobStatus.QUEUED:
+        return None
+    goes_first = or_(
+        _job.priority > job.priority,
+        and_(_job.priority == job.priority, _job.created_at < job.created_at),
+    )
+    ahead = tx.execute(
+        select(func.count()).where(
+            _job.status == JobStatus.QUEUED, _job.queue == job.queue, goes_first
+        )
+    ).scalar_one()
+    return int(ahead) + 1
+
+
+def attempts(tx: Connection, job_id: UUID) -> list[Attempt]:
+    """All attempts of a job, first to last."""
+    table = models.attempt
+    rows = tx.execute(select(table).where(table.c.job_id == job_id).order_by(table.c.attempt)).all()
+    return [attempt_of(row) for row in rows]
+
+
+def checkpoints(tx: Connection, job_id: UUID) -> list[Checkpoint]:
+    """All checkpoints of a job, newest first."""
+    table = models.checkpoint
+    rows = tx.execute(
+        select(table)
+        .where(table.c.job_id == job_id)
+        .order_by(table.c.attempt.desc(), table.c.step.desc())
+    ).all()
+    return [checkpoint_of(row) for row in rows]
+
+
+def notify(tx: Connection, job_id: UUID) -> None:
+    """Ring the dispatcher when the transaction commits."""
+    tx.execute(select(func.pg_notify(NOTIFY_CHANNEL, str(job_id))))
+
+
+def _write(tx: Connection, job: Job, events: Sequence[NewEvent]) -> None:
+    place = journal.Place(
+        job_id=job.id,
+        tenant_id=job.tenant_id,
+        attempt=job.attempt,
+        first_seq=job.last_seq - len(events) + 1,
+    )
+    journal.write_items(tx, place, events)

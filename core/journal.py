@@ -1,0 +1,127 @@
+"""The one place where event, metric and clip rows are inserted, with numbers already drawn.
+
+A caller draws the numbers by adding to `job.last_seq` in the UPDATE that changes the job: the row
+lock makes number order commit order, and a rollback gives the numbers back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import Connection, insert, literal_column
+
+from core import models
+from core.events import FeedItem, NewClipPass, NewEvent, NewMetric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Whose rows they are, and the number the first one gets."""
+
+    job_id: UUID
+    tenant_id: UUID
+    attempt: int
+    first_seq: int
+
+
+def write_items(
+    tx: Connection, place: Place, items: Sequence[NewEvent | NewMetric]
+) -> list[FeedItem]:
+    """Insert the items, numbered in their order; what readers will see of them."""
+    if not items:
+        return []
+    at = tx.execute(literal_column("now()").select()).scalar_one()
+    feed = [
+        _feed_item(place, place.first_seq + index, item, at) for index, item in enumerate(items)
+    ]
+    lines = [item.line for item in items]
+    _insert_events(tx, place, [item for item in feed if item.kind == "event"])
+    _insert_metrics(tx, place, list(zip(feed, lines, strict=True)))
+    return feed
+
+
+def write_passes(tx: Connection, place: Place, passes: Sequence[NewClipPass]) -> None:
+    """Insert clip statistics; they carry no number."""
+    if not passes:
+        return
+    rows = [
+        {
+            "job_id": place.job_id,
+            "attempt": place.attempt,
+            "line": one.line,
+            "epoch": one.epoch,
+            "minibatch": one.minibatch,
+            "tenant_id": place.tenant_id,
+            "step": one.step,
+            "values": one.values,
+            "histogram": one.histogram,
+        }
+        for one in passes
+    ]
+    tx.execute(insert(models.clip_pass), rows)
+
+
+def _feed_item(place: Place, seq: int, item: NewEvent | NewMetric, at: datetime) -> FeedItem:
+    if isinstance(item, NewMetric):
+        return FeedItem(
+            job_id=place.job_id,
+            seq=seq,
+            attempt=place.attempt,
+            kind="metrics",
+            at=item.at,
+            step=item.step,
+            data=dict(item.values),
+        )
+    return FeedItem(
+        job_id=place.job_id,
+        seq=seq,
+        attempt=place.attempt,
+        kind="event",
+        at=at,
+        step=item.step,
+        data=item.data,
+        level=item.level,
+        code=item.code.value,
+        message=item.message.replace("\x00", ""),
+    )
+
+
+def _insert_events(tx: Connection, place: Place, feed: Sequence[FeedItem]) -> None:
+    rows = [
+        {
+            "job_id": place.job_id,
+            "seq": item.seq,
+            "tenant_id": place.tenant_id,
+            "attempt": place.attempt,
+            "level": item.level,
+            "code": item.code,
+            "step": item.step,
+            "message": item.message,
+            "data": item.data,
+        }
+        for item in feed
+    ]
+    if rows:
+        tx.execute(insert(models.job_event), rows)
+
+
+def _insert_metrics(
+    tx: Connection, place: Place, feed: Sequence[tuple[FeedItem, int | None]]
+) -> None:
+    rows = [
+        {
+            "job_id": place.job_id,
+            "attempt": place.attempt,
+            "line": line,
+            "tenant_id": place.tenant_id,
+            "seq": item.seq,
+            "step": item.step,
+            "at": item.at,
+            "values": item.data,
+        }
+        for item, line in feed
+        if item.kind == "metrics"
+    ]
+    if rows:
+        tx.execute(insert(models.metric), rows)

@@ -1,0 +1,641 @@
+"""What a user asks for: the job request, its bounds and defaults, and the values it resolves to.
+
+Bounds and defaults of every hyperparameter live here and nowhere else.
+"""
+
+import dataclasses
+import difflib
+import math
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from core.errors import Fault, InvalidSpec
+
+SPEC_VERSION = 1
+"""Raised when stored specs have to be read in another way."""
+
+REWARDS = ("sentiment", "length", "regex")
+"""Rewards on offer."""
+
+METHODS = ("ppo",)
+"""Methods on offer."""
+
+_AUTO = "auto"
+_MICRO_BATCH = 8
+_SERVED_RANK = 16
+_SEED_BITS = 31
+
+LossAggregationName = Literal[
+    "token_mean",
+    "sequence_mean_token_mean",
+    "sequence_mean_token_sum",
+    "sequence_mean_token_sum_norm",
+]
+
+
+def _say_auto_in_schema(schema: dict[str, Any]) -> None:
+    """Every hyperparameter also takes "auto"; the schema says so."""
+    for name, field in schema.get("properties", {}).items():
+        about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+        options = field.pop("anyOf", None) or [dict(field)]
+        schema["properties"][name] = {
+            **about,
+            "anyOf": [*options, {"const": _AUTO, "type": "string"}],
+        }
+
+
+class Model(BaseModel):
+    """A part of a request: unknown fields refused, types taken literally, `null` means absent."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        frozen=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        """Drop nulls where null means nothing; a field that may be null keeps it."""
+        if not isinstance(data, Mapping):
+            return data
+        return {name: value for name, value in data.items() if not cls._is_absent(name, value)}
+
+    @classmethod
+    def _is_absent(cls, name: str, value: Any) -> bool:
+        field = cls.model_fields.get(name)
+        return value is None and field is not None and type(None) not in get_args(field.annotation)
+
+
+class Lora(Model):
+    """The adapter: which linear layers it changes, and how large it is."""
+
+    rank: int = Field(16, ge=1, le=256)
+    """Inner dimension; more can express more and costs more."""
+    alpha: float = Field(32, gt=0, le=1024)
+    """Scale: the adapter's output is multiplied by alpha / rank."""
+    target_modules: Literal["auto"] | Annotated[list[str], Field(min_length=1, max_length=64)] = (
+        "auto"
+    )
+    """Names of linear layers; "auto" takes all except the output head."""
+
+
+class PpoHyperparameters(Model):
+    """Settings of PPO; each takes "auto", which is its default."""
+
+    model_config = ConfigDict(json_schema_extra=_say_auto_in_schema)
+
+    clip_range: float = Field(0.2, gt=0, lt=1)
+    """The ratio of new to old probability is kept in [1 - x, 1 + x]; usual is 0.1 to 0.3."""
+    clip_range_high: float | None = Field(None, gt=0, le=10)
+    """Upper bound 1 + x instead, to let rare tokens rise more (0.28); null: as `clip_range`."""
+    dual_clip: float | None = Field(None, gt=1, le=100)
+    """At a negative advantage A the objective is at least x·A (usual 3); null: off."""
+    value_clip_range: float | None = Field(0.2, gt=0, le=100)
+    """How far a pass may move the critic from its old value; null: off."""
+    kl_coef: float = Field(0.05, ge=0, le=10)
+    """Penalty per nat of divergence from the base model; more stays closer."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Whether `kl_coef` stays, or follows `target_kl_per_sequence`."""
+    target_kl_per_sequence: float = Field(6.0, gt=0, le=1000)
+    """What the adaptive controller aims at, in nats per response."""
+    kl_horizon: int = Field(10_000, ge=1)
+    """Responses over which the controller would double or halve `kl_coef`; fewer react faster."""
+    target_kl: float | None = Field(0.02, gt=0, le=10)
+    """Old-to-current divergence per token at 1.5 times which a step's passes end; null: never."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lambda_: float = Field(0.95, ge=0, le=1, alias="lambda")
+    """GAE: 0 trusts the critic, 1 the sampled return."""
+    standardize_advantages: bool = True
+    """Whether advantages get mean 0 and variance 1 over the rollout."""
+    reward_scaling: Literal["none", "running_std"] = "running_std"
+    """Whether rewards are divided by their running standard deviation."""
+    missing_stop_penalty: float = Field(0.0, ge=0, le=100)
+    """Taken off the reward of a response that was cut by length."""
+    value_coef: float = Field(0.1, ge=0, le=10)
+    """Weight of the critic's loss."""
+    entropy_coef: float = Field(0.0, ge=0, le=1)
+    """Weight of the entropy bonus; more keeps answers varied."""
+    critic_warmup_steps: int = Field(1, ge=0, le=1000)
+    """Leading steps in which only the critic learns."""
+    batch_size: int = Field(32, ge=1, le=4096)
+    """Prompts per step."""
+    epochs: int = Field(2, ge=1, le=20)
+    """Walks over the rollout in each step."""
+    minibatches: int = Field(4, ge=1, le=64)
+    """Passes in each walk; divides `batch_size`."""
+    n_epochs: int = Field(1, ge=1, le=100)
+    """Walks over the prompts in the whole run."""
+    max_steps: int | None = Field(None, ge=1, le=1_000_000)
+    """Steps of the whole run; with `n_epochs` the smaller wins."""
+    micro_batch_size: int = Field(_MICRO_BATCH, ge=1)
+    """Responses per forward and backward; changes memory and speed, not the result."""
+    loss_aggregation: LossAggregationName = "token_mean"
+    """How much one token weighs."""
+    learning_rate: float = Field(3e-5, gt=0, le=0.1)
+    """Rate of the adapter."""
+    value_learning_rate: float = Field(3e-4, gt=0, le=0.1)
+    """Rate of the critic."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of both rates after the warm-up."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Share of the run in which both rates rise from 0."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Decoupled decay of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0, le=1000)
+    """Norm to which a larger gradient is scaled down."""
+    max_prompt_tokens: int = Field(512, ge=1, le=32_768)
+    """Longer prompts are refused."""
+    max_response_tokens: int = Field(128, ge=1, le=16_384)
+    """Responses are cut at this length."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    """Of sampling and of every log-probability."""
+    lora: Lora = Field(default_factory=Lora)
+    """The adapter."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the frozen base model."""
+    seed: int | None = Field(None, ge=0, le=2**_SEED_BITS - 1)
+    """The job's seed may stand here too; if both are given they must be equal."""
+    checkpoint_interval: int = Field(10, ge=1)
+    """Steps between checkpoints."""
+    eval_interval: int = Field(10, ge=1)
+    """Steps between evaluations on the validation prompts."""
+    eval_samples: int = Field(32, ge=1)
+    """Validation prompts per evaluation."""
+    stored_samples: int = Field(8, ge=0, le=256)
+    """Responses per step kept as text."""
+
+    @classmethod
+    def _is_absent(cls, name: str, value: Any) -> bool:
+        is_auto = isinstance(value, str) and value == _AUTO
+        return is_auto or super()._is_absent(name, value)
+
+
+class Reward(Model):
+    """What every reward has."""
+
+    name: str | None = Field(None, min_length=1, max_length=64)
+    """Name of its curve; default is the type."""
+    input: str = Field("{{sample.output_text}}", min_length=1, max_length=10_000)
+    """Template of the text that is judged."""
+
+
+class SentimentReward(Reward):
+    """How positive, negative or neutral the text is; -1 to 1."""
+
+    type: Literal["sentiment"]
+    target: Literal["positive", "negative", "neutral"] = "positive"
+    """What earns a high reward."""
+
+
+class LengthReward(Reward):
+    """How well the length fits a range or a target; 0 to 1."""
+
+    type: Literal["length"]
+    unit: Literal["words", "chars", "sentences"] = "words"
+    """What is counted."""
+    min: int | None = Field(None, ge=0)
+    """Shorter earns less."""
+    max: int | None = Field(None, ge=0)
+    """Longer earns less."""
+    target: float | None = Field(None, ge=0)
+    """The length that earns 1."""
+    tolerance: float | None = Field(None, gt=0)
+    """Distance from the target at which nothing is earned."""
+
+    @model_validator(mode="after")
+    def _range_or_target(self) -> Self:
+        """One of the two ways to say what is wanted, whole."""
+        has_range = self.min is not None or self.max is not None
+        if has_range == (self.target is not None):
+            raise PydanticCustomError(
+                "invalid_combination", "give either min and/or max, or target with tolerance"
+            )
+        if self.tolerance is not None and self.target is None:
+            raise PydanticCustomError("invalid_combination", "tolerance needs target")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise PydanticCustomError("invalid_combination", "min must not exceed max")
+        return self
+
+
+class RegexReward(Reward):
+    """Whether, or how often, a pattern of the linear-time engine matches; 0 to 1."""
+
+    type: Literal["regex"]
+    pattern: str = Field(min_length=1, max_length=1000)
+    """RE2 syntax."""
+    mode: Literal["search", "fullmatch", "count"] = "search"
+    """Anywhere, the whole text, or the number of matches."""
+    max_count: int | None = Field(None, ge=1)
+    """Matches that earn 1 in mode `count`."""
+
+
+AnyReward = Annotated[SentimentReward | LengthReward | RegexReward, Field(discriminator="type")]
+
+
+class PpoMethod(Model):
+    """PPO with one reward."""
+
+    reward: AnyReward
+    """What answers are paid for."""
+    hyperparameters: PpoHyperparameters = Field(default_factory=PpoHyperparameters)
+    """All have defaults."""
+
+
+class Method(Model):
+    """How to train; only the branch that `type` names is read."""
+
+    type: Literal["ppo"]
+    ppo: PpoMethod
+    reinforcement: Any = None
+    """Ignored unless it is the type."""
+    reward_model: Any = None
+    """Ignored unless it is the type."""
+    supervised: Any = None
+    """Ignored unless it is the type."""
+    dpo: Any = None
+    """Ignored unless it is the type."""
+
+    @property
+    def ignored(self) -> list[str]:
+        """Branches that came along without being the type."""
+        names = ("reinforcement", "reward_model", "supervised", "dpo")
+        return [name for name in names if getattr(self, name) is not None]
+
+
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class JobSpec(Model):
+    """The body of a job request."""
+
+    model: str = Field(min_length=1, max_length=256)
+    """An offered base model."""
+    training_file: str = Field(min_length=1, max_length=128)
+    """Id of a file of prompts."""
+    validation_file: str | None = Field(None, min_length=1, max_length=128)
+    """Id of a file of held-out prompts."""
+    method: Method
+    """How to train."""
+    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    """Part of the name of the result."""
+    seed: int | None = Field(None, ge=0, le=2**_SEED_BITS - 1)
+    """Same seed, same run; drawn and shown when absent."""
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    """Your own labels."""
+    integrations: Annotated[list[Any], Field(max_length=0)] | None = None
+    """None is offered yet."""
+    hyperparameters: dict[str, Literal["auto"]] | None = None
+    """Deprecated by OpenAI; only "auto" beside `method`."""
+    priority: int = Field(0, ge=-100, le=100)
+    """Higher runs earlier."""
+
+    @property
+    def ppo(self) -> PpoHyperparameters:
+        """The hyperparameters."""
+        return self.method.ppo.hyperparameters
+
+    @property
+    def reward(self) -> dict[str, Any]:
+        """The reward as the plain dict that the engine's graders are built from."""
+        return self.method.ppo.reward.model_dump(mode="json", exclude_none=True)
+
+    def stored(self) -> dict[str, Any]:
+        """What the user said, as JSON, without what was left to defaults."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something a user should know about an accepted job."""
+
+    code: str
+    param: str | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """Every setting of a job with its final value; stored once, reused by each attempt."""
+
+    hyperparameters: dict[str, Any]
+    """Every field of `PpoHyperparameters`, in the API's words, none of them "auto"."""
+    reward: dict[str, Any]
+    """The reward as a plain dict."""
+    seed: int
+    total_steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Back from JSON."""
+        return cls(
+            hyperparameters=dict(data["hyperparameters"]),
+            reward=dict(data["reward"]),
+            seed=data["seed"],
+            total_steps=data["total_steps"],
+        )
+
+
+def parse_spec(data: object) -> JobSpec:
+    """The request, checked field by field and in combination; InvalidSpec lists all faults."""
+    if faults := list(_unsupported(data)):
+        raise InvalidSpec(faults=faults)
+    try:
+        spec = JobSpec.model_validate(data)
+    except ValidationError as error:
+        raise InvalidSpec(faults=[_fault(detail) for detail in error.errors()]) from None
+    if faults := list(_combinations(spec)):
+        raise InvalidSpec(faults=faults)
+    return spec
+
+
+def resolve(
+    spec: JobSpec, *, prompts: int, context_length: int | None = None, seed: int | None = None
+) -> Resolved:
+    """Final values of all settings; without a seed in the request `seed` counts, or one is drawn.
+
+    InvalidSpec if prompt and response cannot fit the model's context.
+    """
+    ppo = spec.ppo
+    if context_length is not None:
+        _check_context(ppo, context_length)
+    values = ppo.model_dump(mode="json", by_alias=True)
+    chosen = _first_given(spec.seed, ppo.seed, seed, secrets.randbelow(2**_SEED_BITS))
+    values["seed"] = chosen
+    values["clip_range_high"] = _first_given(ppo.clip_range_high, ppo.clip_range)
+    values["precision"] = "fp32" if ppo.precision == _AUTO else ppo.precision
+    values["micro_batch_size"] = min(ppo.micro_batch_size, ppo.batch_size // ppo.minibatches)
+    total = _total_steps(ppo, prompts)
+    values["max_steps"] = total
+    return Resolved(hyperparameters=values, reward=spec.reward, seed=int(chosen), total_steps=total)
+
+
+def notices(spec: JobSpec) -> list[Notice]:
+    """What is unusual about a job that is accepted all the same."""
+    return list(_notices(spec))
+
+
+def _first_given(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _total_steps(ppo: PpoHyperparameters, prompts: int) -> int:
+    """Steps of the run: `max_steps` alone decides; together with `n_epochs` the smaller wins."""
+    by_walks = math.ceil(ppo.n_epochs * prompts / ppo.batch_size)
+    if ppo.max_steps is None:
+        return max(1, by_walks)
+    return min(ppo.max_steps, by_walks) if "n_epochs" in ppo.model_fields_set else ppo.max_steps
+
+
+_PPO = "/method/ppo/hyperparameters"
+
+
+def _check_context(ppo: PpoHyperparameters, context_length: int) -> None:
+    wanted = ppo.max_prompt_tokens + ppo.max_response_tokens
+    if wanted <= context_length:
+        return
+    detail = (
+        f"max_prompt_tokens + max_response_tokens is {wanted}, but the model's context holds "
+        f"{context_length} tokens"
+    )
+    names = ("max_prompt_tokens", "max_response_tokens")
+    raise InvalidSpec(
+        faults=[Fault(f"{_PPO}/{name}", "invalid_combination", detail) for name in names]
+    )
+
+
+def _combinations(spec: JobSpec) -> Iterator[Fault]:
+    """Faults of fields that are fine alone; one fault for each side."""
+    ppo = spec.ppo
+    if ppo.batch_size % ppo.minibatches:
+        detail = (
+            f"minibatches ({ppo.minibatches}) must divide batch_size ({ppo.batch_size}); "
+            f"{_nearest_divisor(ppo.batch_size, ppo.minibatches)} would"
+        )
+        yield Fault(f"{_PPO}/minibatches", "invalid_combination", detail)
+        yield Fault(f"{_PPO}/batch_size", "invalid_combination", detail)
+    upper = _first_given(ppo.clip_range_high, ppo.clip_range)
+    if ppo.dual_clip is not None and ppo.dual_clip <= 1 + upper:
+        side = "clip_range" if ppo.clip_range_high is None else "clip_range_high"
+        detail = f"dual_clip must be above 1 + {side} = {1 + upper:g}, got {ppo.dual_clip:g}"
+        yield Fault(f"{_PPO}/dual_clip", "invalid_combination", detail)
+        yield Fault(f"{_PPO}/{side}", "invalid_combination", detail)
+    if None not in (spec.seed, ppo.seed) and spec.seed != ppo.seed:
+        detail = f"two seeds: {spec.seed} for the job, {ppo.seed} in its hyperparameters; give one"
+        yield Fault("/seed", "conflicting_parameters", detail)
+        yield Fault(f"{_PPO}/seed", "conflicting_parameters", detail)
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, min(number, 64) + 1) if number % d == 0]
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))
+
+
+_LATER_METHODS = ("reinforcement", "reward_model", "supervised", "dpo")
+_CODE_REWARDS = ("python", "label_model")
+_FIXED_SAMPLING = ("top_p", "top_k")
+
+
+def _unsupported(data: object) -> Iterator[Fault]:
+    """Requests that are understood and refused; told before any field is looked at."""
+    method = _child(data, "method")
+    kind = _child(method, "type")
+    if kind in _LATER_METHODS:
+        offered = ", ".join(METHODS)
+        yield Fault(
+            "/method/type",
+            "method_not_supported",
+            f"method.type {kind!r} is not offered here; offered: {offered}",
+        )
+        return
+    ppo = _child(method, "ppo")
+    if (reward := _child(_child(ppo, "reward"), "type")) in _CODE_REWARDS:
+        yield Fault(
+            "/method/ppo/reward/type",
+            "grader_not_supported",
+            f"reward type {reward!r} would run code of the request; offered: {', '.join(REWARDS)}",
+        )
+    for name in _FIXED_SAMPLING:
+        if _child(_child(ppo, "hyperparameters"), name) is not None:
+            yield Fault(
+                f"{_PPO}/{name}",
+                "unsupported_parameter",
+                f"{name} would make the sampled and the trained distribution differ; "
+                "use temperature",
+            )
+
+
+def _child(data: object, name: str) -> Any:
+    return data.get(name) if isinstance(data, Mapping) else None
+
+
+def _notices(spec: JobSpec) -> Iterator[Notice]:
+    for name in spec.method.ignored:
+        yield Notice(
+            code="method_branch_ignored",
+            param=f"method.{name}",
+            message=f"method.{name} is ignored because method.type is {spec.method.type!r}",
+        )
+    if spec.ppo.lora.rank > _SERVED_RANK:
+        yield Notice(
+            code="rank_above_serving_default",
+            param="method.ppo.hyperparameters.lora.rank",
+            message=f"vLLM serves adapters up to rank {_SERVED_RANK} unless told otherwise",
+        )
+    if spec.ppo.epochs * spec.ppo.minibatches == 1:
+        yield Notice(
+            code="clip_inactive",
+            param="method.ppo.hyperparameters.epochs",
+            message="with one pass per step the ratio is always 1 and nothing is ever clipped; "
+            "raise epochs or minibatches",
+        )
+    if "sample." not in spec.method.ppo.reward.input:
+        yield Notice(
+            code="reward_ignores_sample",
+            param="method.ppo.reward.input",
+            message="the reward never reads the answer ({{sample.output_text}})",
+        )
+
+
+# From pydantic's words to ours.
+
+_MIN_TYPES = {"greater_than": "above", "greater_than_equal": "at least"}
+_MAX_TYPES = {"less_than": "below", "less_than_equal": "at most"}
+_VALUE_TYPES = {
+    "literal_error",
+    "enum",
+    "string_pattern_mismatch",
+    "string_too_short",
+    "too_short",
+    "finite_number",
+    "union_tag_invalid",
+}
+_OWN_TYPES = {"invalid_combination"}
+
+
+def _fault(error: ErrorDetails) -> Fault:
+    """Pydantic's finding as one of our faults."""
+    location = [part for part in error["loc"] if not _is_branch(part)]
+    kind = error["type"]
+    context = error.get("ctx", {})
+    if kind in {"union_tag_not_found", "union_tag_invalid"}:
+        location.append("type")
+    pointer = "".join(f"/{_escape(part)}" for part in location)
+    name = str(location[-1]) if location else "the body"
+    if kind in {"missing", "union_tag_not_found"}:
+        return Fault(pointer, "missing_required_parameter", f"{name} is required")
+    if kind == "extra_forbidden":
+        return Fault(pointer, "unknown_parameter", _unknown(location))
+    if kind in _MIN_TYPES | _MAX_TYPES:
+        return Fault(pointer, *_out_of_bounds(error, name, context))
+    if kind == "string_too_long":
+        limit = context["max_length"]
+        return Fault(
+            pointer,
+            "string_above_max_length",
+            f"{name} may have at most {limit} characters, got {len(error['input'])}",
+        )
+    if kind == "too_long":
+        detail = f"{name} may have at most {context['max_length']} entries"
+        return Fault(pointer, "array_above_max_length", detail)
+    if kind == "union_tag_invalid":
+        detail = f"{context['tag']!r} is not a reward; offered: {', '.join(REWARDS)}"
+        return Fault(pointer, "invalid_value", detail)
+    if kind in _OWN_TYPES:
+        return Fault(pointer, kind, error["msg"])
+    code = "invalid_value" if kind in _VALUE_TYPES else "invalid_type"
+    return Fault(pointer, code, f"{name}: {_lower_first(error['msg'])}{_got(error['input'])}")
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether pydantic added this to the path: the tag of a union, or a type in brackets."""
+    if not isinstance(part, str):
+        return False
+    return part in {*REWARDS, "[key]"} or part.startswith(("list[", "literal[", "function-"))
+
+
+def _escape(part: int | str) -> str:
+    return str(part).replace("~", "~0").replace("/", "~1")
+
+
+def _out_of_bounds(error: ErrorDetails, name: str, context: Mapping[str, Any]) -> tuple[str, str]:
+    kind = error["type"]
+    is_low = kind in _MIN_TYPES
+    word = (_MIN_TYPES | _MAX_TYPES)[kind]
+    bound = next(context[key] for key in ("gt", "ge", "lt", "le") if key in context)
+    number = "integer" if isinstance(error["input"], int) else "decimal"
+    code = f"{number}_{'below_min' if is_low else 'above_max'}_value"
+    return code, f"{name} must be {word} {bound:g}, got {error['input']}{_usual(name)}"
+
+
+_USUAL = {
+    "clip_range": "0.1 to 0.3",
+    "clip_range_high": "0.28",
+    "dual_clip": "3",
+    "kl_coef": "0.01 to 0.1",
+    "learning_rate": "1e-6 to 1e-4",
+    "lambda": "0.95",
+    "temperature": "1",
+}
+
+
+def _usual(name: str) -> str:
+    return f"; usual is {_USUAL[name]}" if name in _USUAL else ""
+
+
+def _unknown(location: list[int | str]) -> str:
+    """That the field does not exist, and which one may have been meant."""
+    name = str(location[-1])
+    known = _fields_at(location[:-1])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown parameter {name!r}{hint}"
+
+
+_FIELDS: dict[tuple[str, ...], type[BaseModel]] = {
+    (): JobSpec,
+    ("method",): Method,
+    ("method", "ppo"): PpoMethod,
+    ("method", "ppo", "hyperparameters"): PpoHyperparameters,
+    ("method", "ppo", "hyperparameters", "lora"): Lora,
+}
+
+
+def _fields_at(location: list[int | str]) -> list[str]:
+    place = tuple(str(part) for part in location)
+    if place == ("method", "ppo", "reward"):
+        models: list[type[BaseModel]] = [SentimentReward, LengthReward, RegexReward]
+    else:
+        models = [_FIELDS[place]] if place in _FIELDS else []
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _got(value: Any) -> str:
+    """A short value as it came; long or nested ones are not repeated."""
+    shown = repr(value) if isinstance(value, str | int | float | bool) else ""
+    return f", got {shown}" if shown and len(shown) <= 80 else ""
