@@ -113,17 +113,19 @@ class Client:
         ]
         return found
 
-    def stream(self, job_id: str, *, after: str | None = None) -> Iterator[Json]:
+    def stream(
+        self, job_id: str, *, after: str | None = None, on_life: Callable[[], None] | None = None
+    ) -> Iterator[Json]:
         """What happens to the job, each thing once and in order, up to its end.
 
         A cut connection is taken up again behind the last id, for as long as the server answers
-        within about a minute.
+        within about a minute.  `on_life` is called with every sign of life, heartbeats too.
         """
         failures = 0
         while failures < _STREAM_TRIES:
             failures += 1
             try:
-                for item in self._stream_once(job_id, after):
+                for item in self._stream_once(job_id, after, on_life or _nothing):
                     failures = 0
                     after = item.get("id") or after
                     yield item
@@ -136,7 +138,9 @@ class Client:
             self._sleep(_pause_seconds(failures))
         raise Unreachable(f"the stream of {job_id} was lost and does not come back")
 
-    def _stream_once(self, job_id: str, after: str | None) -> Iterator[Json]:
+    def _stream_once(
+        self, job_id: str, after: str | None, on_life: Callable[[], None]
+    ) -> Iterator[Json]:
         headers = {"Accept": "text/event-stream"}
         if after is not None:
             headers["Last-Event-ID"] = after
@@ -147,7 +151,7 @@ class Client:
             if response.status_code == 204:
                 raise _StreamOver
             _raise_for(response)
-            yield from parse_frames(response.iter_bytes())
+            yield from parse_frames(_noticed(response.iter_bytes(), on_life))
 
     # -- results -----------------------------------------------------------------------------
 
@@ -262,6 +266,17 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         yield from (line.removesuffix(b"\r") for line in lines)
+
+
+def _noticed(chunks: Iterable[bytes], on_life: Callable[[], None]) -> Iterator[bytes]:
+    """The same chunks; `on_life` is called with each."""
+    for chunk in chunks:
+        on_life()
+        yield chunk
+
+
+def _nothing() -> None:
+    """What to do where nobody wants to know."""
 
 
 def _idempotent() -> dict[str, str]:
