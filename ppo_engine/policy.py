@@ -4,6 +4,8 @@ The policy is the base with a LoRA adapter, the reference the same base with the
 critic a scalar head on the policy's last hidden state, computed in the same forward pass.
 """
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +61,9 @@ class BaseModel:
                 path, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
-            raise InvalidConfig(f"the base model cannot be loaded: {error}", param="model") from error
+            raise InvalidConfig(
+                f"the base model cannot be loaded: {error}", param="model"
+            ) from error
         model.requires_grad_(requires_grad=False)
         model.eval()  # dropout off: the same tokens must get the same log-probabilities in every pass
         stop_ids = _stop_ids(model, tokenizer)
@@ -77,12 +81,45 @@ def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-class Policy:
+class CausalPolicy:
+    """A causal language model as something to sample from."""
+
+    def __init__(self, base: BaseModel, model: Any, *, temperature: float) -> None:
+        self.base = base
+        self.temperature = temperature
+        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._backbone = causal_lm.base_model
+        self._output = causal_lm.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        device: torch.device = self._output.weight.device
+        return device
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Next-token scores of hidden states [..., H] -> [..., V], in fp32 whatever the base is."""
+        bias = None if self._output.bias is None else self._output.bias.float()
+        return nn.functional.linear(states.float(), self._output.weight.float(), bias)
+
+    def step(
+        self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any
+    ) -> tuple[Tensor, Any]:
+        """Next-token scores [B, V] after `tokens`, and the grown key-value cache."""
+        output = self._backbone(
+            input_ids=tokens,
+            attention_mask=attention_mask.long(),
+            position_ids=positions,
+            cache=cache,
+            use_cache=True,
+        )
+        return self.logits(output.last_hidden_state[:, -1]), output.past_key_values
+
+
+class Policy(CausalPolicy):
     """Base, adapter and value head; evaluates given responses and hands out what may be trained."""
 
     def __init__(self, base: BaseModel, lora: LoraConfig, *, temperature: float, seed: int) -> None:
-        self.base = base
-        self.temperature = temperature
         modules = "all-linear" if lora.target_modules == "auto" else list(lora.target_modules)
         settings = PeftLoraConfig(
             r=lora.rank,
@@ -101,17 +138,18 @@ class Policy:
                 f"the adapter does not fit the model: {error}", param="lora.target_modules"
             ) from error
         self.model.eval()
-        causal_lm = self.model.get_base_model()
-        self._backbone = causal_lm.base_model
-        self._output = causal_lm.get_output_embeddings()
+        super().__init__(base, self.model, temperature=temperature)
         self.value_head = nn.Linear(self._output.weight.shape[1], 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights live."""
-        return self._output.weight.device
+    def peak_memory_bytes(self) -> int:
+        """Most memory held so far: of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # Kilobytes everywhere but on macOS, where they are bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's weights by name: all that PPO's policy term trains."""
@@ -157,28 +195,6 @@ class Policy:
         return Evaluation(
             *(torch.where(response_mask, x, 0.0) for x in (*result, values)),
         )
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Next-token scores of hidden states [..., H] -> [..., V], in fp32 whatever the base is."""
-        return nn.functional.linear(states.float(), self._output.weight.float(), self._output_bias)
-
-    @property
-    def _output_bias(self) -> Tensor | None:
-        bias: Tensor | None = self._output.bias
-        return None if bias is None else bias.float()
-
-    def step(
-        self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Any]:
-        """Next-token scores [B, V] after `tokens`, and the grown key-value cache."""
-        output = self._backbone(
-            input_ids=tokens,
-            attention_mask=attention_mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return self.logits(output.last_hidden_state[:, -1]), output.past_key_values
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

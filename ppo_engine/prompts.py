@@ -18,6 +18,8 @@ class EncodedPrompt:
 
     prompt: Prompt
     """Messages and the row's other keys."""
+    line: int
+    """Line of the file it stands on, from 1."""
     token_ids: tuple[int, ...]
     """Its tokens, the opening of the assistant's turn included."""
 
@@ -36,7 +38,7 @@ def load_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int) -> list[
                 f"max_prompt_tokens = {max_prompt_tokens}; shorten it or raise the limit",
                 param="method.ppo.hyperparameters.max_prompt_tokens",
             )
-        prompts.append(EncodedPrompt(prompt=prompt, token_ids=token_ids))
+        prompts.append(EncodedPrompt(prompt=prompt, line=number, token_ids=token_ids))
     if not prompts:
         raise InvalidTrainingFile("the file holds no prompts", param="training_file")
     return prompts

@@ -45,6 +45,16 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What some rows of a rollout are compared with, [B, T] fp32, zero outside the mask."""
+
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """Scored responses with everything an update needs, computed once at its start."""
 
@@ -70,8 +80,23 @@ class Rollout:
     def __post_init__(self) -> None:
         """Refuse tensors that are not zero outside the responses."""
         mask = self.samples.response_mask
-        for name in ("old_logprobs", "kl_reference_logprobs", "old_values", "advantages", "returns"):
+        for name in (
+            "old_logprobs",
+            "kl_reference_logprobs",
+            "old_values",
+            "advantages",
+            "returns",
+        ):
             _check_zero_outside(getattr(self, name), mask, name)
+
+    def targets(self, rows: Tensor, response_mask: Tensor) -> Targets:
+        """Of the numbered rows, under a mask that may leave some of them out."""
+        return Targets(
+            old_logprobs=torch.where(response_mask, self.old_logprobs[rows], 0.0),
+            old_values=torch.where(response_mask, self.old_values[rows], 0.0),
+            advantages=torch.where(response_mask, self.advantages[rows], 0.0),
+            returns=torch.where(response_mask, self.returns[rows], 0.0),
+        )
 
 
 def _check_zero_outside(values: Tensor, mask: Tensor, name: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_engine.policy import Policy, position_ids
+from ppo_engine.policy import CausalPolicy, position_ids
 from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rollout import Samples
 
@@ -19,7 +19,7 @@ class Sampler:
     whose log-probabilities the loss uses.
     """
 
-    policy: Policy
+    policy: CausalPolicy
     max_response_tokens: int
     """Responses are cut at this length."""
 

@@ -41,14 +41,15 @@ def make_tiny_model(folder: Path, *, seed: int = 0, embedding_std: float = 0.15)
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=embedding_std)
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        torch.nn.init.normal_(embeddings.weight, std=embedding_std)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

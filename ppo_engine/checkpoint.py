@@ -1,0 +1,137 @@
+"""Save and restore everything a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder of safetensors and JSON, never pickle; floats in JSON survive exactly.  On
+a CPU with the same environment a resumed run is bit-identical to an uninterrupted one.
+"""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ppo_engine.errors import InvalidConfig
+from ppo_engine.export import BaseModelRef, read_adapter, write_adapter
+from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, write_json
+from ppo_engine.policy import Policy
+from ppo_engine.trainer import Progress, Trainer
+
+_ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_checkpoint(trainer: Trainer, folder: Path, base_model: BaseModelRef) -> str:
+    """Write the run's state into a new folder; the digest of its manifest."""
+    with whole_folder(folder) as temporary:
+        write_adapter(trainer.policy, temporary / "adapter", base_model)
+        _save_tensors(trainer.policy.value_parameters(), temporary / "value_head.safetensors")
+        _save_tensors(_optimizer_tensors(trainer), temporary / "optimizer.safetensors")
+        states = {name: each.get_state() for name, each in trainer.generators.items()}
+        _save_tensors(states, temporary / "generators.safetensors")
+        write_json(temporary / "state.json", _state(trainer))
+        manifest = {
+            "step": trainer.progress.step,
+            "environment": environment(trainer.policy),
+            "files": {
+                name: {
+                    "sha256": sha256_of(temporary / name),
+                    "bytes": (temporary / name).stat().st_size,
+                }
+                for name in files_of(temporary)
+            },
+        }
+        write_json(temporary / MANIFEST, manifest)
+    return sha256_of(folder / MANIFEST)
+
+
+def restore_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Bring a fresh trainer to the saved state; what differs in the environment since then."""
+    manifest = _verified_manifest(folder)
+    read_adapter(trainer.policy, folder / "adapter")
+    for name, tensor in load_file(folder / "value_head.safetensors").items():
+        trainer.policy.value_parameters()[name].data.copy_(tensor)
+    for name, tensor in load_file(folder / "generators.safetensors").items():
+        trainer.generators[name].set_state(tensor)
+    _restore_state(trainer, json.loads((folder / "state.json").read_text()))
+    _restore_optimizer(trainer, load_file(folder / "optimizer.safetensors"))
+    now = environment(trainer.policy)
+    return {
+        name: {"saved": saved, "now": now.get(name)}
+        for name, saved in manifest["environment"].items()
+        if saved != now.get(name)
+    }
+
+
+def environment(policy: Policy) -> dict[str, Any]:
+    """What bit-identical results depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "safetensors": safetensors.__version__,
+        "device": policy.device.type,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "world_size": 1,
+    }
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        if sha256_of(folder / name) != entry["sha256"]:
+            raise InvalidConfig(f"the checkpoint's file {name} is damaged", param="resume_from")
+    return manifest
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
+    return trainer.policy.adapter_parameters() | trainer.policy.value_parameters()
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Adam's moments and step counts by parameter; what has never been trained has none."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in _trained_parameters(trainer).items()
+        for key, value in trainer.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in _trained_parameters(trainer).items():
+        if f"{name}.step" not in tensors:
+            continue
+        trainer.optimizer.state[parameter] = {
+            "step": tensors[f"{name}.step"],
+            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in _ADAM_MOMENTS},
+        }
+
+
+def _state(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "progress": dataclasses.asdict(trainer.progress),
+        "prompt_position": trainer.prompts.position,
+        "kl_controller": trainer.kl_controller.state(),
+        "reward_std": trainer.reward_std.state(),
+        "skipped_in_a_row": trainer.updater.skipped_in_a_row,
+    }
+
+
+def _restore_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    trainer.progress = Progress(**state["progress"])
+    trainer.prompts.position = state["prompt_position"]
+    trainer.kl_controller.load(state["kl_controller"])
+    trainer.reward_std.load(state["reward_std"])
+    trainer.updater.skipped_in_a_row = state["skipped_in_a_row"]
