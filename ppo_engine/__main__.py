@@ -22,7 +22,7 @@ from ppo_engine.checkpoint import restore_checkpoint, save_checkpoint
 from ppo_engine.config import TrainConfig
 from ppo_engine.errors import STOPPED_EXIT_CODE, DiskFull, EngineError, InvalidConfig, OutOfMemory
 from ppo_engine.export import RunSummary, export_result
-from ppo_engine.graders import build_grader
+from ppo_engine.graders.catalog import build_grader
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
 from ppo_engine.prompts import EncodedPrompt, load_prompts
 from ppo_engine.reports import EngineEvent, StepReport

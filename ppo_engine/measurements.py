@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_engine.clip_stats import merge_passes
 from ppo_engine.masking import token_mean
 from ppo_engine.prompts import EncodedPrompt
+from ppo_engine.reports import merge_passes
 from ppo_engine.rollout import Rollout
 from ppo_engine.update import UpdateResult
 

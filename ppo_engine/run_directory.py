@@ -131,7 +131,7 @@ class RunDirectory:
             step,
             epoch=report.epoch,
             minibatch=report.minibatch,
-            values=_json_numbers(report.values) | {"counts": report.counts},
+            values=report.stored_values(),
             histogram=base64.b64encode(report.histogram).decode(),
         )
 
