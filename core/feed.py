@@ -1,0 +1,193 @@
+"""Reading what a job told: its feed in order, and the curves without what a resume made void."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Connection, FromClause, Select, literal, select
+
+from core import models
+from core.events import FeedItem
+
+_event = models.job_event.c
+_metric = models.metric.c
+_pass = models.clip_pass.c
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricPoint:
+    """The values of one visible step."""
+
+    attempt: int
+    line: int
+    seq: int
+    step: int
+    at: datetime
+    values: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPass:
+    """The clip statistics of one visible pass."""
+
+    attempt: int
+    line: int
+    step: int
+    epoch: int
+    minibatch: int
+    values: dict[str, Any]
+    histogram: bytes
+
+
+def after(tx: Connection, job_id: UUID, seq: int, *, limit: int = 500) -> list[FeedItem]:
+    """Events and metrics numbered above `seq`, in order and without holes."""
+    events = tx.execute(
+        select(models.job_event)
+        .where(_event.job_id == job_id, _event.seq > seq, _event.seq <= seq + limit)
+        .order_by(_event.seq)
+    ).all()
+    metrics = tx.execute(
+        select(models.metric)
+        .where(_metric.job_id == job_id, _metric.seq > seq, _metric.seq <= seq + limit)
+        .order_by(_metric.seq)
+    ).all()
+    items = [*map(_event_item, events), *map(_metric_item, metrics)]
+    return sorted(items, key=lambda item: item.seq)
+
+
+def before(
+    tx: Connection, job_id: UUID, seq: int | None, *, limit: int, codes: Sequence[str] = ()
+) -> list[FeedItem]:
+    """The newest items numbered below `seq` (None: from the end), newest first.
+
+    With `codes` only events of these kinds.
+    """
+    events = select(models.job_event).where(_event.job_id == job_id)
+    metrics = select(models.metric).where(_metric.job_id == job_id)
+    if seq is not None:
+        events, metrics = events.where(_event.seq < seq), metrics.where(_metric.seq < seq)
+    if codes:
+        events = events.where(_event.code.in_(codes))
+    found = [
+        _event_item(row) for row in tx.execute(events.order_by(_event.seq.desc()).limit(limit))
+    ]
+    if not codes:
+        newest = tx.execute(metrics.order_by(_metric.seq.desc()).limit(limit))
+        found += [_metric_item(row) for row in newest]
+    return sorted(found, key=lambda item: item.seq, reverse=True)[:limit]
+
+
+def metrics(
+    tx: Connection, job_id: UUID, *, from_step: int | None = None, to_step: int | None = None
+) -> list[MetricPoint]:
+    """The visible values, by step."""
+    statement = _visible(models.metric, job_id, from_step, to_step)
+    rows = tx.execute(statement.order_by(_metric.step, _metric.attempt, _metric.line)).all()
+    return [
+        MetricPoint(
+            attempt=row.attempt,
+            line=row.line,
+            seq=row.seq,
+            step=row.step,
+            at=row.at,
+            values=row._asdict()["values"],
+        )
+        for row in rows
+    ]
+
+
+def latest_metric(tx: Connection, job_id: UUID) -> MetricPoint | None:
+    """The visible values of the last step."""
+    statement = _visible(models.metric, job_id, None, None)
+    row = tx.execute(
+        statement.order_by(_metric.step.desc(), _metric.attempt.desc(), _metric.line.desc()).limit(
+            1
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    return MetricPoint(
+        attempt=row.attempt,
+        line=row.line,
+        seq=row.seq,
+        step=row.step,
+        at=row.at,
+        values=row._asdict()["values"],
+    )
+
+
+def clip_passes(
+    tx: Connection, job_id: UUID, *, from_step: int | None = None, to_step: int | None = None
+) -> list[ClipPass]:
+    """The visible clip statistics, by step, epoch and minibatch."""
+    statement = _visible(models.clip_pass, job_id, from_step, to_step)
+    rows = tx.execute(
+        statement.order_by(_pass.step, _pass.attempt, _pass.epoch, _pass.minibatch)
+    ).all()
+    return [
+        ClipPass(
+            attempt=row.attempt,
+            line=row.line,
+            step=row.step,
+            epoch=row.epoch,
+            minibatch=row.minibatch,
+            values=row._asdict()["values"],
+            histogram=row.histogram,
+        )
+        for row in rows
+    ]
+
+
+def is_visible(table: FromClause) -> ColumnElement[bool]:
+    """Whether a row still counts: no later attempt of its job went on from before its step."""
+    later = models.attempt.alias("later")
+    return ~(
+        select(literal(1))
+        .where(
+            later.c.job_id == table.c.job_id,
+            later.c.attempt > table.c.attempt,
+            later.c.resumed_from_step < table.c.step,
+        )
+        .correlate(table)
+        .exists()
+    )
+
+
+def _visible(
+    table: FromClause, job_id: UUID, from_step: int | None, to_step: int | None
+) -> Select[Any]:
+    statement = select(table).where(table.c.job_id == job_id, is_visible(table))
+    if from_step is not None:
+        statement = statement.where(table.c.step >= from_step)
+    if to_step is not None:
+        statement = statement.where(table.c.step <= to_step)
+    return statement
+
+
+def _event_item(row: Any) -> FeedItem:
+    return FeedItem(
+        job_id=row.job_id,
+        seq=row.seq,
+        attempt=row.attempt,
+        kind="event",
+        at=row.at,
+        step=row.step,
+        data=row.data,
+        level=row.level,
+        code=row.code,
+        message=row.message,
+    )
+
+
+def _metric_item(row: Any) -> FeedItem:
+    return FeedItem(
+        job_id=row.job_id,
+        seq=row.seq,
+        attempt=row.attempt,
+        kind="metrics",
+        at=row.at,
+        step=row.step,
+        data=row._asdict()["values"],
+    )
