@@ -38,7 +38,18 @@ _API_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 _LOG_LINES = 15
 _PR_SET_PDEATHSIG = 1
-_PRIVATE = ("DATABASE_URL", "REDIS_URL", "TRIMTAB_API_PASSWORD", "TRIMTAB_WORKER_PASSWORD")
+SECRETS = frozenset(
+    f"{name}{source}"
+    for name in (
+        "DATABASE_URL",
+        "REDIS_URL",
+        "TRIMTAB_API_KEY",
+        "TRIMTAB_API_PASSWORD",
+        "TRIMTAB_WORKER_PASSWORD",
+    )
+    for source in ("", "_FILE")
+)
+"""Variables that no process inherits: each is given its own, or none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +169,7 @@ class Stack:
 
     def _environment(self, database_url: str, addresses: Addresses) -> dict[str, str]:
         """What a process of the stack is told: its own role's database URL and no other secret."""
-        public = {name: value for name, value in self._outside.items() if name not in _PRIVATE}
+        public = {name: value for name, value in self._outside.items() if name not in SECRETS}
         return {
             "TRIMTAB_ARTIFACTS": str(self.home.artifacts),
             "TRIMTAB_SCRATCH": str(self.home.scratch),
