@@ -65,7 +65,7 @@ class BaseModel:
                 f"the base model cannot be loaded: {error}", param="model"
             ) from error
         model.requires_grad_(requires_grad=False)
-        model.eval()  # dropout off: the same tokens must get the same log-probabilities in every pass
+        model.eval()  # dropout off: equal tokens must get equal log-probabilities in every pass
         stop_ids = _stop_ids(model, tokenizer)
         pad_id = stop_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         return cls(model=model, tokenizer=tokenizer, stop_ids=stop_ids, pad_id=pad_id)
@@ -113,7 +113,7 @@ class CausalPolicy:
             cache=cache,
             use_cache=True,
         )
-        return self.logits(output.last_hidden_state[:, -1]), output.past_key_values
+        return self.logits(output.last_hidden_state[:, -1]), output.cache
 
 
 class Policy(CausalPolicy):
