@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import Connection, insert, literal_column
+from sqlalchemy import Connection, insert, select
 
 from core import models
+from core.db import now
 from core.events import FeedItem, NewClipPass, NewEvent, NewMetric
 
 
@@ -31,7 +32,7 @@ def write_items(
     """Insert the items, numbered in their order; what readers will see of them."""
     if not items:
         return []
-    at = tx.execute(literal_column("now()").select()).scalar_one()
+    at = tx.execute(select(now())).scalar_one()
     feed = [
         _feed_item(place, place.first_seq + index, item, at) for index, item in enumerate(items)
     ]

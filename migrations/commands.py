@@ -1,0 +1,75 @@
+"""What `python -m migrations` does, callable: bring a database to a revision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from pydantic import SecretStr
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from core.db import driver_url
+from migrations.roles import API_ROLE, WORKER_ROLE, ensure_role
+
+_LOCK = 7_265_128_001
+"""Advisory lock that lets one migrator work at a time, in the whole cluster: roles are shared."""
+
+
+def upgrade(
+    owner_url: str,
+    *,
+    revision: str = "head",
+    api_password: SecretStr | None = None,
+    worker_password: SecretStr | None = None,
+) -> str | None:
+    """Make the roles and apply every missing migration; the revision reached."""
+    with _alone(owner_url) as connection:
+        driver = cast(psycopg.Connection, connection.connection.driver_connection)
+        ensure_role(driver, API_ROLE, api_password)
+        ensure_role(driver, WORKER_ROLE, worker_password)
+        connection.commit()
+        command.upgrade(_config(connection), revision)
+        return _current(connection)
+
+
+def downgrade(owner_url: str, *, revision: str) -> str | None:
+    """Take migrations back as far as `revision` (`base`: all); the revision reached."""
+    with _alone(owner_url) as connection:
+        command.downgrade(_config(connection), revision)
+        return _current(connection)
+
+
+def head() -> str | None:
+    """The newest revision there is."""
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+@contextmanager
+def _alone(url: str) -> Iterator[Connection]:
+    """A connection whose session holds the migrators' lock."""
+    engine = create_engine(driver_url(url), poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": _LOCK})
+            connection.commit()
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _current(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
