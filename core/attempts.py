@@ -156,7 +156,7 @@ def claim(
     ).one_or_none()
     if row is None:
         return None
-    job = job_of(row)
+    job = job_of(row._asdict())
     tx.execute(
         insert(models.attempt).values(
             job_id=job.id,
@@ -379,7 +379,7 @@ def finish(
     ).one_or_none()
     if row is None:
         raise AttemptLost
-    job = job_of(row)
+    job = job_of(row._asdict())
     event = _end_event(job, "finished")
     items = _write_report(tx, job, replace(report, items=(*report.items, event)))
     if job.status == JobStatus.SUCCEEDED:
@@ -663,7 +663,7 @@ def _add_numbers(tx: Connection, holder: Holder, count: int) -> Job:
 def _held(row: Row[Any] | None) -> Job:
     if row is None:
         raise AttemptLost
-    return job_of(row)
+    return job_of(row._asdict())
 
 
 def _is_stored(tx: Connection, holder: Holder, step: int) -> bool:

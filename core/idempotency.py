@@ -136,7 +136,10 @@ def _by_key(tx: Connection, request: Repeatable) -> dict[str, Any] | None:
 
 
 def _by_retry(tx: Connection, request: Repeatable) -> dict[str, Any] | None:
-    """The answer that the client of a retry without a key never saw."""
+    """The answer that the client of a retry without a key never saw.
+
+    Of any earlier try: one that met a running request left nothing behind.
+    """
     if request.retry_count == 0:
         return None
     answer: dict[str, Any] | None = tx.execute(
@@ -147,7 +150,7 @@ def _by_retry(tx: Connection, request: Repeatable) -> dict[str, Any] | None:
             _row.path == request.path,
             _row.query == request.query,
             _row.body_sha256 == request.body_sha256,
-            _row.retry_count == request.retry_count - 1,
+            _row.retry_count < request.retry_count,
             _row.created_at > now() - RETRY_WINDOW,
         )
         .order_by(_row.created_at.desc())

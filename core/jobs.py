@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    literal_column,
     or_,
     select,
     tuple_,
@@ -105,7 +106,7 @@ def create(tx: Connection, new: NewJob) -> Job:
         )
         .returning(models.job)
     ).one()
-    job = job_of(row)
+    job = job_of(row._asdict())
     event = NewEvent(
         code=EventCode.JOB_CREATED,
         message="Created fine-tuning job: " + public_job_id(job.id),
@@ -123,7 +124,7 @@ def get(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
     ).one_or_none()
     if row is None:
         raise JobNotFound(f"There is no job {public_job_id(job_id)}.")
-    return job_of(row)
+    return job_of(row._asdict())
 
 
 def page(
@@ -149,7 +150,7 @@ def page(
     rows = tx.execute(
         select(models.job).where(*conditions).order_by(*ordering).limit(limit + 1)
     ).all()
-    return JobPage(jobs=[job_of(row) for row in rows[:limit]], has_more=len(rows) > limit)
+    return JobPage(jobs=[job_of(row._asdict()) for row in rows[:limit]], has_more=len(rows) > limit)
 
 
 def _cursor(tx: Connection, after: UUID, tenant_id: UUID) -> Any:
@@ -207,12 +208,14 @@ def cancel(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
             dispatched_at=case((is_held, _job.dispatched_at), else_=None),
             last_seq=_job.last_seq + 1,
         )
-        .returning(models.job)
+        .returning(models.job, literal_column("old.status").label("old_status"))
     ).one_or_none()
     if row is None:
         return _already_cancelled(tx, job_id, tenant_id)
-    job = job_of(row)
-    _write(tx, job, [_cancel_event(job)])
+    fields = row._asdict()
+    was = JobStatus(fields.pop("old_status"))
+    job = job_of(fields)
+    _write(tx, job, [_cancel_event(job, was)])
     return job
 
 
@@ -224,12 +227,13 @@ def _already_cancelled(tx: Connection, job_id: UUID, tenant_id: UUID) -> Job:
     return job
 
 
-def _cancel_event(job: Job) -> NewEvent:
+def _cancel_event(job: Job, was: JobStatus) -> NewEvent:
     if job.status == JobStatus.CANCELLED:
         return NewEvent(
             code=EventCode.JOB_CANCELLED,
-            message="The job was cancelled before it ran again",
-            data={"to": job.status.value, "reason": "user"},
+            message="The job was cancelled while it was not running",
+            step=job.step,
+            data={"from": was.value, "to": job.status.value, "reason": "cancel_requested"},
         )
     return NewEvent(
         code=EventCode.CANCEL_REQUESTED,

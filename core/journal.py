@@ -4,9 +4,11 @@ A caller draws the numbers by adding to `job.last_seq` in the UPDATE that change
 lock makes number order commit order, and a rollback gives the numbers back.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, insert, select
@@ -55,7 +57,7 @@ def write_passes(tx: Connection, place: Place, passes: Sequence[NewClipPass]) ->
             "minibatch": one.minibatch,
             "tenant_id": place.tenant_id,
             "step": one.step,
-            "values": one.values,
+            "values": _storable(one.values),
             "histogram": one.histogram,
         }
         for one in passes
@@ -72,7 +74,7 @@ def _feed_item(place: Place, seq: int, item: NewEvent | NewMetric, at: datetime)
             kind="metrics",
             at=item.at,
             step=item.step,
-            data=dict(item.values),
+            data=_storable(item.values),
         )
     return FeedItem(
         job_id=place.job_id,
@@ -81,11 +83,24 @@ def _feed_item(place: Place, seq: int, item: NewEvent | NewMetric, at: datetime)
         kind="event",
         at=at,
         step=item.step,
-        data=item.data,
+        data=_storable(item.data),
         level=item.level,
         code=item.code.value,
-        message=item.message.replace("\x00", ""),
+        message=_storable(item.message),
     )
+
+
+def _storable(value: Any) -> Any:
+    """The same without what Postgres cannot hold: NUL and half of a surrogate pair."""
+    if isinstance(value, str):
+        return value.replace("\x00", "").encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {_storable(str(name)): _storable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _insert_events(tx: Connection, place: Place, feed: Sequence[FeedItem]) -> None:

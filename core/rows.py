@@ -1,5 +1,6 @@
 """Rows of the job tables as frozen values, and how they are read out of a result."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -56,12 +57,14 @@ class Job:
     finished_at: datetime | None
 
 
-def job_of(row: Row[Any]) -> Job:
-    """The job in a row of all its columns."""
-    fields = row._asdict()
-    fields["status"] = JobStatus(fields["status"])
-    fields["stop_wanted"] = StopWanted(fields["stop_wanted"]) if fields["stop_wanted"] else None
-    return Job(**fields)
+def job_of(columns: Mapping[str, Any]) -> Job:
+    """The job in all its columns."""
+    stop = columns["stop_wanted"]
+    states = {
+        "status": JobStatus(columns["status"]),
+        "stop_wanted": None if stop is None else StopWanted(stop),
+    }
+    return Job(**{**columns, **states})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ METHODS = ("ppo",)
 _AUTO = "auto"
 _MICRO_BATCH = 8
 _SERVED_RANK = 16
+_MAX_DEPTH = 16
 _SEED_BITS = 31
 
 LossAggregationName = Literal[
@@ -359,7 +360,7 @@ class Resolved:
 
 def parse_spec(data: object) -> JobSpec:
     """The request, checked field by field and in combination; InvalidSpec lists all faults."""
-    if faults := list(_unsupported(data)):
+    if faults := [*_unstorable(data), *_unsupported(data)]:
         raise InvalidSpec(faults=faults)
     try:
         spec = JobSpec.model_validate(data)
@@ -450,6 +451,33 @@ def _combinations(spec: JobSpec) -> Iterator[Fault]:
 def _nearest_divisor(number: int, wanted: int) -> int:
     divisors = [d for d in range(1, min(number, 64) + 1) if number % d == 0]
     return min(divisors, key=lambda divisor: abs(divisor - wanted))
+
+
+def _unstorable(data: object) -> Iterator[Fault]:
+    """What cannot be kept: NUL, half of a surrogate pair, and nesting without end."""
+    waiting: list[tuple[str, int, object]] = [("", 0, data)]
+    while waiting:
+        pointer, depth, value = waiting.pop()
+        if depth > _MAX_DEPTH:
+            detail = f"nested more than {_MAX_DEPTH} levels deep"
+            yield Fault(_printable(pointer), "invalid_value", detail)
+        elif isinstance(value, str) and _has_odd_letters(value):
+            detail = "text may hold neither NUL nor half of a surrogate pair"
+            yield Fault(_printable(pointer), "invalid_value", detail)
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                place = f"{pointer}/{_escape(name)}"
+                waiting += [(place, 0, name), (place, depth + 1, inner)]
+        elif isinstance(value, list):
+            waiting += [(f"{pointer}/{index}", depth + 1, one) for index, one in enumerate(value)]
+
+
+def _has_odd_letters(text: str) -> bool:
+    return "\x00" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode().replace("\x00", "?")
 
 
 _LATER_METHODS = ("reinforcement", "reward_model", "supervised", "dpo")

@@ -23,6 +23,24 @@ from tests.factories import Tenant, make_tenant
 from trimtab.embedded import EmbeddedServers
 
 
+BUDGET_MINUTES = {"unit": 1, "integration": 3, "contract": 3, "faults": 5, "e2e": 4}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each kind of test took of its budget."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                _, _, rest = report.nodeid.partition("tests/")
+                kind = rest.split("/")[0] if "/" in rest else "(top)"
+                seconds[kind] = seconds.get(kind, 0.0) + report.duration
+    for kind, spent in sorted(seconds.items()):
+        budget = BUDGET_MINUTES.get(kind)
+        allowed = f" of {60 * budget} s" if budget else ""
+        terminalreporter.write_line(f"{kind}: {spent:.1f} s{allowed}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Servers:
     """Postgres and Redis of this run."""
