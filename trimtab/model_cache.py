@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -30,6 +31,7 @@ _ENTRY = "model.json"
 _TAKEN = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+_NAME = r"[a-z0-9][a-z0-9._-]*"
 _LONGEST_HEADER = 100_000_000
 
 Tell = Callable[[str], None]
@@ -200,7 +202,9 @@ def _add_folder(
 ) -> Path:
     weights = _weights(folder)
     config = _checked_config(folder)
-    name = (alias or model_id.rsplit("/", 1)[-1]).lower()
+    name = (model_id.rsplit("/", 1)[-1] if alias is None else alias).lower()
+    if not re.fullmatch(_NAME, name):
+        raise WrongUsage(f"{name!r} is no name for a model; give another with --alias")
     target = models / name
     if target.exists():
         raise WrongUsage(f"a model {name} is there already: {target}; choose another --alias")

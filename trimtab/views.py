@@ -256,7 +256,8 @@ def comparison_table(comparison: Comparison) -> Table:
     """Mean reward before and after, with standard errors."""
     table = Table(
         title=f"Mean reward on {comparison.num_prompts} held-out prompts, "
-        f"{comparison.samples_per_prompt} answers each"
+        f"{comparison.samples_per_prompt} answers each",
+        min_width=64,
     )
     table.add_column("model")
     table.add_column("mean ± standard error", justify="right")
@@ -273,8 +274,9 @@ def answers_table(answers: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("base", ratio=3)
     table.add_column("with the adapter", ratio=3)
     for row in answers:
-        prompt = row["prompt"][-1]["content"]
-        table.add_row(Text(plain(prompt)), _answer(row["base"][0]), _answer(row["adapter"][0]))
+        table.add_row(
+            Text(plain(row["prompt"])), _answer(row["base"][0]), _answer(row["adapter"][0])
+        )
     return table
 
 
@@ -321,7 +323,7 @@ def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> Table:
     """A line per job."""
     table = Table()
     for column in ("job", "status", "step", "reward", "model"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for job in jobs:
         progress, latest = job.get("progress") or {}, job.get("latest") or {}
         table.add_row(
@@ -355,7 +357,7 @@ def models_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """A line per model in the cache."""
     table = Table()
     for column in ("id", "also called", "parameters", "context", "licence"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for entry in entries:
         table.add_row(
             Text(plain(entry["id"])),

@@ -1,0 +1,256 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from trimtab.client import Client, parse_frames, safe_path
+from trimtab.errors import ApiError, Failed, Unreachable
+
+Handler = Callable[[httpx2.Request], httpx2.Response]
+CONTENT = bytes(range(256)) * 40
+
+
+def client_of(handler: Handler) -> Client:
+    return Client(
+        "http://test", "sk-tt-1", transport=httpx2.MockTransport(handler), sleep=lambda _: None
+    )
+
+
+def problem(code: str, message: str) -> dict[str, object]:
+    return {"detail": message, "error": {"message": message, "code": code}, "request_id": "req_1"}
+
+
+class Answers:
+    """Gives prepared answers in order and keeps the requests."""
+
+    def __init__(self, *answers: httpx2.Response | Exception) -> None:
+        self.answers = list(answers)
+        self.requests: list[httpx2.Request] = []
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def frames(*items: object) -> bytes:
+    return b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in items)
+
+
+def test_every_request_carries_the_key() -> None:
+    answers = Answers(httpx2.Response(200, json={"id": "ftjob-1"}))
+
+    client_of(answers).job("ftjob-1")
+
+    assert answers.requests[0].headers["authorization"] == "Bearer sk-tt-1"
+
+
+def test_a_refusal_tells_code_message_and_lines() -> None:
+    body = problem("invalid_training_file", "2 of 9 lines cannot be used")
+    body["errors"] = [{"line": 3, "code": "invalid_json", "detail": "not JSON"}]
+
+    with pytest.raises(ApiError) as caught:
+        client_of(Answers(httpx2.Response(400, json=body))).job("ftjob-1")
+
+    assert caught.value.code == "invalid_training_file"
+    assert caught.value.exit_code == 2
+    assert "line 3: not JSON" in str(caught.value)
+    assert "req_1" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_passing_fault_is_tried_again(status: int) -> None:
+    answers = Answers(httpx2.Response(status, json={}), httpx2.Response(200, json={"id": "j"}))
+
+    assert client_of(answers).job("j") == {"id": "j"}
+
+
+def test_a_lasting_conflict_is_not_tried_again() -> None:
+    conflict = httpx2.Response(
+        409, json=problem("job_already_finished", "over"), headers={"x-should-retry": "false"}
+    )
+    answers = Answers(conflict)
+
+    with pytest.raises(ApiError, match="job_already_finished"):
+        client_of(answers).cancel("j")
+
+    assert len(answers.requests) == 1
+
+
+def test_repeats_of_a_post_carry_one_idempotency_key() -> None:
+    answers = Answers(httpx2.ReadTimeout("slow"), httpx2.Response(200, json={"id": "j"}))
+
+    client_of(answers).create_job({"model": "m"})
+
+    first, second = (request.headers["idempotency-key"] for request in answers.requests)
+    assert first == second
+
+
+def test_two_posts_carry_two_idempotency_keys() -> None:
+    answers = Answers(*(httpx2.Response(200, json={"id": "j"}) for _ in range(2)))
+    client = client_of(answers)
+
+    client.create_job({"model": "m"})
+    client.create_job({"model": "m"})
+
+    first, second = (request.headers["idempotency-key"] for request in answers.requests)
+    assert first != second
+
+
+def test_a_server_that_is_gone_is_unreachable() -> None:
+    with pytest.raises(Unreachable, match="no server answers"):
+        client_of(Answers(*[httpx2.ConnectError("refused")] * 9)).job("j")
+
+
+def test_a_repeated_upload_sends_the_whole_file_again(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(CONTENT)
+    answers = Answers(httpx2.Response(503, json={}), httpx2.Response(200, json={"id": "file-1"}))
+
+    def read_first(request: httpx2.Request) -> httpx2.Response:
+        request.read()
+        return answers(request)
+
+    client_of(read_first).upload(path)
+
+    for request in answers.requests:
+        assert CONTENT in request.content
+        assert b'filename="prompts.jsonl"' in request.content
+
+
+def test_a_cut_stream_goes_on_behind_the_last_id() -> None:
+    first = frames({"type": "status", "id": None}, {"type": "metrics", "id": "1-1"})
+    second = frames({"type": "metrics", "id": "1-2"}, {"type": "end", "id": "1-2"})
+    answers = Answers(
+        httpx2.Response(200, content=first + b'data: {"type": "met'),
+        httpx2.ConnectError("away"),
+        httpx2.Response(200, content=second + b"data: [DONE]\n\n"),
+    )
+
+    seen = list(client_of(answers).stream("j"))
+
+    assert [item["type"] for item in seen] == ["status", "metrics", "metrics", "end"]
+    assert "last-event-id" not in answers.requests[0].headers
+    assert [request.headers["last-event-id"] for request in answers.requests[1:]] == ["1-1", "1-1"]
+
+
+def test_a_stream_with_nothing_more_to_tell_ends() -> None:
+    assert list(client_of(Answers(httpx2.Response(204))).stream("j", after="1-9")) == []
+
+
+def test_a_stream_that_stays_away_is_given_up() -> None:
+    with pytest.raises(Unreachable, match="was lost"):
+        list(client_of(Answers(*[httpx2.ConnectError("refused")] * 99)).stream("j"))
+
+
+def test_a_refused_stream_is_an_error_at_once() -> None:
+    with pytest.raises(ApiError, match="job_not_found"):
+        list(
+            client_of(Answers(httpx2.Response(404, json=problem("job_not_found", "no")))).stream(
+                "j"
+            )
+        )
+
+
+def test_heartbeats_are_signs_of_life() -> None:
+    calls: list[int] = []
+    content = b": hb\n" + frames({"type": "end", "id": None})
+
+    list(
+        client_of(Answers(httpx2.Response(200, content=content))).stream(
+            "j", on_life=lambda: calls.append(1)
+        )
+    )
+
+    assert calls
+
+
+def test_frames_may_be_cut_anywhere_and_hold_any_character() -> None:
+    item = {"type": "event", "message": "a\u2028b\x85c"}
+    content = (
+        b": hb\nretry: 2000\nid: 1-1\n"
+        + f"data: {json.dumps(item, ensure_ascii=False)}\n\n".encode()
+    )
+
+    found = list(parse_frames(content[i : i + 1] for i in range(len(content))))
+
+    assert found == [item]
+
+
+def manifest_of(path: str = "adapter/adapter_model.safetensors") -> dict[str, object]:
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    return {"files": [{"path": path, "sha256": digest, "bytes": len(CONTENT)}]}
+
+
+def test_a_download_is_verified_and_leaves_the_manifest(tmp_path: Path) -> None:
+    answers = Answers(
+        httpx2.Response(200, json=manifest_of()), httpx2.Response(200, content=CONTENT)
+    )
+
+    client_of(answers).download("j", tmp_path)
+
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+    assert json.loads((tmp_path / "manifest.json").read_text()) == manifest_of()
+
+
+def test_a_wrong_digest_is_fetched_once_more_and_then_refused(tmp_path: Path) -> None:
+    answers = Answers(
+        httpx2.Response(200, json=manifest_of()),
+        httpx2.Response(200, content=b"wrong"),
+        httpx2.Response(200, content=b"wrong again"),
+    )
+
+    with pytest.raises(Failed, match="not kept"):
+        client_of(answers).download("j", tmp_path)
+
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_download_goes_on_at_the_last_byte(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors.part").write_bytes(CONTENT[:1000])
+    answers = Answers(
+        httpx2.Response(200, json=manifest_of()), httpx2.Response(206, content=CONTENT[1000:])
+    )
+
+    client_of(answers).download("j", tmp_path)
+
+    asked = answers.requests[1].headers
+    assert asked["range"] == "bytes=1000-"
+    assert asked["if-range"] == f'"sha256-{hashlib.sha256(CONTENT).hexdigest()}"'
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+
+
+def test_a_part_of_another_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors.part").write_bytes(b"old")
+    answers = Answers(
+        httpx2.Response(200, json=manifest_of()), httpx2.Response(200, content=CONTENT)
+    )
+
+    client_of(answers).download("j", tmp_path)
+
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+
+
+def test_a_complete_part_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors.part").write_bytes(CONTENT)
+    answers = Answers(httpx2.Response(200, json=manifest_of()), httpx2.Response(416))
+
+    client_of(answers).download("j", tmp_path)
+
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../x", "a/../b", "a//b", "", "a\\b", "./a", "a\0"]
+)
+def test_a_path_that_could_leave_the_folder_is_refused(path: str) -> None:
+    with pytest.raises(Failed, match="not written"):
+        safe_path(path)
