@@ -34,7 +34,7 @@ def standardize(values: Tensor, mask: Tensor) -> Tensor:
     nothing to tell apart, and every result is 0.
     """
     selected = values[mask]
-    if selected.numel() < 2 or bool(selected.min() == selected.max()):
+    if selected.numel() < 2:
         return torch.zeros_like(values)
     variance, mean = torch.var_mean(selected, correction=1)
     return zero_outside((values - mean) * torch.rsqrt(variance + _VARIANCE_EPSILON), mask)

@@ -12,8 +12,6 @@ from ppo_engine.masking import zero_outside
 
 _SCALED_LIMIT = 10.0
 """Bound on a scaled score, in standard deviations."""
-_ROUNDING = 1e-12
-"""Deviations below this share of the mean are rounding: the scores were all equal."""
 
 
 class RunningStd:
@@ -31,8 +29,7 @@ class RunningStd:
     @property
     def std(self) -> float:
         """Standard deviation so far; 0 before there are two different scores."""
-        std = float((self._squares / max(self._count, 1)) ** 0.5)
-        return std if std > _ROUNDING * abs(self._mean) else 0.0
+        return float((self._squares / max(self._count, 1)) ** 0.5)
 
     def update(self, scores: Tensor) -> None:
         """Take scores in (Chan et al.'s update: batches of any size give the same result)."""
