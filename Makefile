@@ -39,7 +39,7 @@ fix: $(INSTALLED) ## Format, and repair what is safe to repair
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED) $(MODEL) ## Time the training step
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
