@@ -1,0 +1,67 @@
+"""`python -m api`: serve until SIGTERM or Ctrl-C, then let requests end for ten seconds."""
+
+import socket
+import sys
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+
+from api.app import create_app
+from api.deps import Services
+from api.settings import ApiSettings
+from core import logs
+
+GRACE_SECONDS = 10
+
+EXIT_SETTINGS = 64
+EXIT_START = 69
+
+log = structlog.get_logger()
+
+
+class Server(uvicorn.Server):
+    """A server that tells streams and waiting requests to end before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End streams first: the lifespan would tell them only after they have ended."""
+        self._services.stopping.set()
+        await super().shutdown(sockets)
+
+
+def main() -> int:
+    """Serve; the exit status of the process."""
+    try:
+        settings = ApiSettings.from_environment()
+    except ValidationError as error:
+        missing = ", ".join(str(one["loc"][0]) for one in error.errors())
+        sys.stderr.write(f"api: missing or wrong settings: {missing}\n")
+        return EXIT_SETTINGS
+    logs.configure(log_format=settings.log_format)
+    server = make_server(create_app(settings), settings)
+    server.run()
+    return 0 if server.started else EXIT_START
+
+
+def make_server(app: FastAPI, settings: ApiSettings) -> Server:
+    """The server on the address of the settings."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        lifespan="on",
+    )
+    return Server(config, app.state.services)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
