@@ -116,6 +116,7 @@ class FakeTrainer:
         self._paused_by_signal = True
 
     def _train(self) -> None:
+        _refuse_other_version(self._run["protocol_version"])
         config = self._run["config"]
         _refuse_bad_config(config)
         training_file = self._path(self._run["data"]["train"]).read_bytes()
@@ -270,6 +271,14 @@ class FakeTrainer:
 
     def _path(self, name: str) -> Path:
         return self._folder / name
+
+
+def _refuse_other_version(version: int) -> None:
+    """The fake speaks version 1."""
+    if version != 1:
+        message = f"protocol_version must be 1, got {version}"
+        error = {"code": "invalid_config", "message": message, "param": "protocol_version"}
+        raise EndRun(INVALID_CONFIG, "invalid_config", error)
 
 
 def _refuse_bad_config(config: dict[str, Any]) -> None:

@@ -1,0 +1,69 @@
+"""Removes what a death left behind: stored files of attempts that no row names."""
+
+import contextlib
+import time
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Connection, select
+
+from core import models
+from core.db import Database
+from core.storage import ArtifactStore
+
+KEPT_FOR = timedelta(hours=24)
+
+log = structlog.get_logger(__name__)
+
+
+def sweep(database: Database, store: ArtifactStore, *, kept_for: timedelta = KEPT_FOR) -> int:
+    """Delete the files of attempts that are old enough and have no row; how many there were."""
+    orphans: list[Path] = []
+    for folder in sorted((store.root / "jobs").glob("*/attempt-*")):
+        with database.begin() as tx:
+            orphans += _orphans(tx, store.root, folder, time.time() - kept_for.total_seconds())
+    for path in orphans:
+        path.unlink(missing_ok=True)
+        _remove_empty(path.parent, below=store.root)
+    if orphans:
+        log.info("sweep.removed", files=len(orphans))
+    return len(orphans)
+
+
+def _orphans(tx: Connection, root: Path, folder: Path, before: float) -> list[Path]:
+    """Old files of one attempt that neither an artifact nor a checkpoint names."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    old = [path for path in files if path.stat().st_mtime < before]
+    if not old:
+        return []
+    job_id, number = UUID(folder.parent.name), int(folder.name.removeprefix("attempt-"))
+    if _is_held(tx, job_id, number):
+        return []
+    table = models.artifact
+    named = set(tx.execute(select(table.c.uri).where(table.c.job_id == job_id)).scalars())
+    saved = models.checkpoint
+    kept = list(tx.execute(select(saved.c.uri).where(saved.c.job_id == job_id)).scalars())
+    keys = {path.relative_to(root).as_posix(): path for path in old}
+    return [
+        path
+        for key, path in keys.items()
+        if key not in named and not any(key.startswith(f"{uri}/") for uri in kept)
+    ]
+
+
+def _is_held(tx: Connection, job_id: UUID, attempt: int) -> bool:
+    job = models.job.c
+    row = tx.execute(
+        select(job.id).where(job.id == job_id, job.attempt == attempt, job.lease_until.is_not(None))
+    ).one_or_none()
+    return row is not None
+
+
+def _remove_empty(folder: Path, *, below: Path) -> None:
+    """Remove the folder and its parents as long as nothing is in them."""
+    with contextlib.suppress(OSError):
+        while folder != below:
+            folder.rmdir()
+            folder = folder.parent

@@ -1,0 +1,65 @@
+"""From the API's words to the engine's: the only module that knows both vocabularies."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.spec import Resolved
+from ppo_engine.config import TrainConfig
+
+PROTOCOL_VERSION = 1
+
+RENAMED = {"clip_low": "clip_range", "clip_high": "clip_range_high", "lam": "lambda"}
+"""Engine settings that the API calls otherwise; `total_steps` is counted by `core.spec`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInputs:
+    """Where a run directory's trainer finds what it needs; paths as the trainer reads them."""
+
+    job_id: str
+    attempt: int
+    device: str
+    base_model: Mapping[str, str]
+    """`id`, `path` and `sha256`."""
+    training_file: str
+    validation_file: str | None
+    resume_from: str | None
+
+
+def engine_config(resolved: Resolved) -> dict[str, Any]:
+    """The settings of the engine's run; its InvalidConfig if they cannot work together."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    chosen = resolved.hyperparameters | {"total_steps": resolved.total_steps}
+    return TrainConfig.from_dict(
+        {name: chosen[RENAMED.get(name, name)] for name in names}
+    ).to_dict()
+
+
+def run_file(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
+    """The contents of `run.json` for a training run."""
+    return {
+        "protocol_version": PROTOCOL_VERSION,
+        "kind": "train",
+        "job_id": inputs.job_id,
+        "attempt": inputs.attempt,
+        "seed": resolved.seed,
+        "device": inputs.device,
+        "base_model": dict(inputs.base_model),
+        "data": {"train": inputs.training_file, "validation": inputs.validation_file},
+        "config": engine_config(resolved),
+        "reward": resolved.reward,
+        "resume_from": inputs.resume_from,
+        "out": ".",
+    }
+
+
+def spec_param(param: str) -> str:
+    """Where in a job request stands what the engine calls so."""
+    if param == "reward" or param.startswith("reward."):
+        return f"method.ppo.{param}"
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    if param not in names:
+        return param
+    return f"method.ppo.hyperparameters.{RENAMED.get(param, param)}"
