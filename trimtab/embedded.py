@@ -24,7 +24,7 @@ from trimtab.servers import (
     postgres_answers,
     valkey_answers,
 )
-from trimtab.state import StateHome
+from trimtab.state import StateError, StateHome
 
 START_SECONDS = 150.0
 STOP_SECONDS = 40.0
@@ -110,7 +110,10 @@ class EmbeddedServers:
 
     def _started(self) -> bool:
         """Whether our own guard runs the servers now; False when another one holds the home."""
-        self.home.prepare()
+        try:
+            self.home.prepare()
+        except (StateError, OSError) as fault:
+            raise EmbeddedServersError(str(fault)) from fault
         options = [] if self._fsync else ["--no-fsync"]
         # -P: nothing in the current directory can pose as a module of the guard.
         command = [sys.executable, "-P", "-m", "trimtab.guard", str(self.home.path), *options]
@@ -131,7 +134,7 @@ class EmbeddedServers:
         self._close()
         if report["start"] == "held":
             return False
-        raise EmbeddedServersError(f"{report['message']} (log: {self.home.logs / 'guard.log'})")
+        raise EmbeddedServersError(f"{report['message']} (see also {self.home.logs}/guard.log)")
 
     def _attached(self, deadline: float) -> bool:
         """Whether the servers of another guard answer; False when that guard is gone."""

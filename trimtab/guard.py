@@ -93,7 +93,7 @@ class Keeper:
     def start(self) -> None:
         """Start the server, after the remains of a former one have ended."""
         server = self.server
-        stop_left_over(server.directory, server.program_name, stop_signal=server.stop_signal)
+        stop_left_over(server, stop_signal=server.stop_signal)
         self._child = server.start()
         self._answered = False
         log.info("server.started name=%s pid=%s port=%s", server.name, self.pid, server.port)
@@ -151,8 +151,7 @@ class Keeper:
                 self._child.kill()
                 self._child.wait()
             self._child = None
-        server = self.server
-        stop_left_over(server.directory, server.program_name, stop_signal=signal.SIGKILL)
+        stop_left_over(self.server, stop_signal=signal.SIGKILL)
 
     def _postpone(self) -> None:
         """Each start that leads to nothing makes the pause before the next one longer."""
@@ -174,7 +173,7 @@ class Guard:
         for keeper in self._keepers:
             server = keeper.server
             server.prepare(self._owner.is_gone)
-            stop_left_over(server.directory, server.program_name, stop_signal=server.stop_signal)
+            stop_left_over(server, stop_signal=server.stop_signal)
             if not is_free(server.port):
                 log.warning("port.taken name=%s port=%s", server.name, server.port)
                 server.port = free_port()
@@ -191,13 +190,13 @@ class Guard:
                 self._record()
 
     def stop(self) -> None:
-        """Stop both servers at once, in order if they end in time, and record it."""
+        """Stop both servers at once, in order if they end in time."""
+        self._record(is_up=False)  # first: nobody may attach to servers that are about to end
         for keeper in self._keepers:
             keeper.ask_to_stop()
         deadline = time.monotonic() + STOP_SECONDS
         for keeper in self._keepers:
             keeper.stop(deadline)
-        self._record()
         log.info("guard.stopped")
 
     def _wait_for(self, keeper: Keeper) -> None:
@@ -214,17 +213,16 @@ class Guard:
         waits = [keeper.seconds_to_act() for keeper in self._keepers]
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _record(self) -> None:
+    def _record(self, *, is_up: bool = True) -> None:
         """Write `endpoints.json`: ports for the next start, process ids while there are any."""
         postgres, valkey = self._keepers
-        is_running = postgres.pid is not None or valkey.pid is not None
         self._home.record(
             Running(
                 postgres_port=postgres.server.port,
                 valkey_port=valkey.server.port,
-                postgres_pid=postgres.pid,
-                valkey_pid=valkey.pid,
-                guard_pid=os.getpid() if is_running else None,
+                postgres_pid=postgres.pid if is_up else None,
+                valkey_pid=valkey.pid if is_up else None,
+                guard_pid=os.getpid() if is_up else None,
             )
         )
 

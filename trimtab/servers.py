@@ -38,6 +38,7 @@ VALKEY_ADMIN = "trimtab_admin"
 APPLICATION_RIGHTS = "+@all -@dangerous -@admin -function -script|flush -script|kill +info"
 
 PROBE_SECONDS = 2.0
+LEFT_OVER_SECONDS = 10.0
 LOG_BYTES = 8 << 20
 # Below the range from which the system takes ports for outgoing connections: none of those can
 # sit on a stored port while its server is down.
@@ -143,6 +144,7 @@ class Server(Protocol):
     name: str
     port: int
     directory: Path
+    uid: int
     program_name: str
     stop_signal: signal.Signals
 
@@ -179,6 +181,7 @@ class Postgres:
         self._spawner = spawner
         self._log_file = log_file
         self._fsync = fsync
+        self.uid = spawner.account.uid
         self._root = spawner.root_of(POSTGRES)
 
     def prepare(self, is_unwanted: Callable[[float], bool]) -> None:
@@ -188,7 +191,6 @@ class Postgres:
             return
         fresh = self.directory.with_name(f"{self.directory.name}.new")
         password_file = self.directory.with_name("initdb-password")
-        stop_left_over(fresh, self.program_name, stop_signal=signal.SIGKILL)
         shutil.rmtree(fresh, ignore_errors=True)
         password_file.unlink(missing_ok=True)
         make_directory(fresh, self._spawner.account)
@@ -205,6 +207,7 @@ class Postgres:
     def start(self) -> subprocess.Popen[bytes]:
         """The postmaster."""
         settings = {
+            "cluster_name": tag_of(self.directory),  # in the title of every process
             "listen_addresses": HOST,
             "port": str(self.port),
             "unix_socket_directories": "",
@@ -219,7 +222,7 @@ class Postgres:
             "log_min_error_statement": "panic",
         }
         if not self._fsync:
-            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+            settings |= {"fsync": "off", "full_page_writes": "off"}
         command = [self._program("postgres"), "-D", str(self.directory)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
@@ -263,9 +266,8 @@ class Postgres:
                 child.wait()
                 raise ServerError("stopped while the database was being set up")
         if child.returncode != 0:
-            raise ServerError(
-                f"{Path(command[0]).name} ended with {child.returncode}; see {self._log_file}"
-            )
+            last = self._log_file.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise ServerError(f"{Path(command[0]).name} failed: {last} (log: {self._log_file})")
 
     def _program(self, name: str) -> str:
         return str(program(POSTGRES, name, root=self._root))
@@ -296,6 +298,7 @@ class Valkey:
         self._spawner = spawner
         self._log_file = log_file
         self._fsync = fsync
+        self.uid = spawner.account.uid
         self._root = spawner.root_of(VALKEY)
 
     def prepare(self, is_unwanted: Callable[[float], bool]) -> None:
@@ -325,6 +328,7 @@ class Valkey:
             [
                 f"bind {HOST}",
                 f"port {self.port}",
+                f'proc-title-template "valkey-server {{listen-addr}} {tag_of(self.directory)}"',
                 "protected-mode yes",
                 f'dir "{self.directory}"',
                 "appendonly yes",
@@ -432,57 +436,70 @@ def open_log(path: Path) -> IO[bytes]:
     return path.open("ab")
 
 
-def stop_left_over(
-    directory: Path, program_name: str, *, stop_signal: signal.Signals, seconds: float = 10.0
-) -> None:
+def tag_of(directory: Path) -> str:
+    """A word that appears in the process title of each server process of this data directory."""
+    digest = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()
+    return f"trimtab-{directory.name}-{digest[:16]}"
+
+
+def stop_left_over(server: Server, *, stop_signal: signal.Signals) -> None:
     """End every process of a former server of this data directory; return when none is left."""
     for sent in (stop_signal, signal.SIGKILL):
-        pids = left_over(directory, program_name)
-        for pid in pids:
-            log.warning("left_over.stopped pid=%s signal=%s program=%s", pid, sent, program_name)
+        for pid in left_over(server):
+            log.warning("left_over.stopped name=%s pid=%s signal=%s", server.name, pid, sent)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)
-        deadline = time.monotonic() + seconds
-        while left_over(directory, program_name):
+        deadline = time.monotonic() + LEFT_OVER_SECONDS
+        while left_over(server):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         else:
             return
-    raise ServerError(f"a former {program_name} on {directory} does not end")
+    raise ServerError(f"a former {server.name} on {server.directory} does not end")
 
 
-def left_over(directory: Path, program_name: str) -> list[int]:
-    """Pids of the programs that work in `directory`: both servers go there when they start.
+def left_over(server: Server) -> list[int]:
+    """Pids of the server's processes that nobody waits for.
 
-    A pid noted in a file may long belong to somebody else; the working directory cannot lie.
+    They are told by title and user: a pid noted in a file may long belong to somebody else, and
+    root in a container may not look at more than that.
     """
-    if sys.platform != "linux":
-        return _left_over_by_lsof(directory, program_name)
-    wanted = os.path.realpath(directory)
-    pids = []
+    tag = tag_of(server.directory)
+    listed = _processes() if sys.platform == "linux" else _processes_by_ps()
+    return [
+        process.pid
+        for process in listed
+        if process.uid == server.uid
+        and tag in process.title
+        and server.program_name in process.title.split(maxsplit=1)[0]
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A line of the process list."""
+
+    pid: int
+    uid: int
+    title: str
+
+
+def _processes() -> Iterator[Process]:
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is not ours to look at
-            working = str((entry / "cwd").readlink()).removesuffix(" (deleted)")
-            if working == wanted and (entry / "comm").read_text().strip() == program_name:
-                pids.append(int(entry.name))
-    return pids
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                title = words.decode(errors="replace")
+                yield Process(pid=int(entry.name), uid=entry.stat().st_uid, title=title)
 
 
-def _left_over_by_lsof(directory: Path, program_name: str) -> list[int]:
-    """The same where there is no /proc (macOS ships lsof)."""
-    command = ["/usr/sbin/lsof", "-a", "-c", program_name, "-d", "cwd", "-F", "pn"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    wanted = os.path.realpath(directory)
-    pids, pid = [], 0
+def _processes_by_ps() -> Iterator[Process]:
+    command = ["/bin/ps", "-axww", "-o", "pid=,uid=,command="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     for line in listed.stdout.splitlines():
-        if line.startswith("p"):
-            pid = int(line[1:])
-        elif line == f"n{wanted}":
-            pids.append(pid)
-    return pids
+        pid, uid, title = line.split(maxsplit=2)
+        yield Process(pid=int(pid), uid=int(uid), title=title)
 
 
 def make_servers(home: StateHome, passwords: Mapping[str, str], *, fsync: bool) -> list[Server]:
