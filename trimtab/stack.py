@@ -37,6 +37,7 @@ _SAVE_SECONDS = 110.0
 _API_SECONDS = 15.0
 _POLL_SECONDS = 0.1
 _LOG_LINES = 15
+_LOG_COLUMNS = 300
 _PR_SET_PDEATHSIG = 1
 SECRETS = frozenset(
     f"{name}{source}"
@@ -174,6 +175,7 @@ class Stack:
             "TRIMTAB_ARTIFACTS": str(self.home.artifacts),
             "TRIMTAB_SCRATCH": str(self.home.scratch),
             "TRIMTAB_MODELS": str(models_folder({**public, "TRIMTAB_HOME": str(self.home.path)})),
+            "TRIMTAB_LOG": "console",
             **public,
             "TRIMTAB_HOME": str(self.home.path),
             "TRIMTAB_HOST": HOST,
@@ -280,7 +282,8 @@ class Child:
     def last_lines(self) -> str:
         """The end of its log, for people."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join([*lines[-_LOG_LINES:], f"(log: {self.log})"])
+        shown = [line[:_LOG_COLUMNS] for line in lines[-_LOG_LINES:]]
+        return "\n".join([*shown, f"(log: {self.log})"])
 
 
 @contextlib.contextmanager
