@@ -14,6 +14,7 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Interval,
     Row,
     and_,
     case,
@@ -580,9 +581,10 @@ def _wanted_status(otherwise: JobStatus) -> ColumnElement[str]:
 
 def _backoff(crashes: ColumnElement[int], first: timedelta) -> ColumnElement[timedelta]:
     """First pause doubled per crash, at most five minutes, spread by a quarter either way."""
-    doubled = literal(first) * func.power(2, crashes - 1)
-    spread = literal(0.75) + func.random() * 0.5
-    return func.least(doubled, literal(LONGEST_BACKOFF)) * spread
+    doubled = first.total_seconds() * func.power(2.0, crashes - 1)
+    longest = literal(LONGEST_BACKOFF.total_seconds())
+    seconds = func.least(doubled, longest) * (0.75 + func.random() * 0.5)
+    return func.make_interval(0, 0, 0, 0, 0, 0, seconds, type_=Interval)
 
 
 def _error_if(condition: ColumnElement[bool], error: JobError) -> dict[str, ColumnElement[Any]]:
