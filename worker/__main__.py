@@ -21,6 +21,7 @@ def main() -> int:
     register(app, settings)
     worker = app.Worker(
         hostname=f"{settings.label}@{settings.queue}",
+        quiet=True,
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,

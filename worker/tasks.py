@@ -15,7 +15,7 @@ import structlog
 from billiard.common import TERM_SIGNAL
 from billiard.exceptions import WorkerLostError
 from celery import Celery
-from celery.signals import task_failure, worker_process_init
+from celery.signals import setup_logging, task_failure, worker_process_init
 
 from core import attempts
 from core.db import Database
@@ -48,6 +48,10 @@ def register(app: Celery, settings: WorkerSettings) -> None:
     @app.task(name=TASK_NAME, bind=True, ignore_result=True)  # type: ignore[untyped-decorator]
     def run_job(task: Any, job_id: str) -> None:
         _run(parts(), job_id, task.request.id)
+
+    @setup_logging.connect(weak=False)  # type: ignore[untyped-decorator]
+    def keep_logging(**_: Any) -> None:
+        """With a receiver Celery leaves levels and handlers alone."""
 
     die_with_parent = DieWithParent()
 
