@@ -29,14 +29,19 @@ class Database:
     """A pool of connections; build it in the process that uses it, after any fork."""
 
     def __init__(
-        self, url: str, *, pool_size: int = 16, statement_timeout_seconds: float = 5
+        self,
+        url: str,
+        *,
+        pool_size: int = 16,
+        pool_timeout_seconds: float = 5,
+        statement_timeout_seconds: float = 5,
     ) -> None:
         milliseconds = round(statement_timeout_seconds * 1000)
         self.engine = create_engine(
             driver_url(url),
             pool_size=pool_size,
             max_overflow=0,
-            pool_timeout=5,
+            pool_timeout=pool_timeout_seconds,
             pool_pre_ping=True,
             json_serializer=partial(json.dumps, allow_nan=False),
             connect_args={
