@@ -19,9 +19,7 @@ from ppo_engine.losses import (
     log_ratio,
     surrogate_terms,
 )
-from ppo_engine.reports import QUANTILES, PassReport, PassSums, merge_passes, quantile_name
-
-__all__ = ["PassStatistics", "classify", "merge_passes"]
+from ppo_engine.reports import QUANTILES, PassReport, PassSums, quantile_name
 
 _NUMBERS = {token_class: number for number, token_class in enumerate(TokenClass)}
 _CLIPPED_NUMBERS = [_NUMBERS[each] for each in CLIPPED_CLASSES]
