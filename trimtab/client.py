@@ -28,6 +28,7 @@ _LONGEST_PAUSE_SECONDS = 8.0
 _RETRYABLE = frozenset({408, 409, 429})
 _STREAM_SILENCE_SECONDS = 45.0
 _CHUNK_BYTES = 1 << 16
+_TAR = "adapter.tar"
 _JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -160,9 +161,13 @@ class Client:
         return self._get(f"{_JOBS}/{job_id}/artifacts")
 
     def download(self, job_id: str, folder: Path) -> Json:
-        """The job's manifest, after each of its files is in `folder` with the right digest."""
+        """The job's manifest, after each of its files is in `folder` with the right digest.
+
+        The tar of the adapter is left out: its files come one by one.
+        """
         manifest = self.manifest(job_id)
-        targets = [(file, folder / safe_path(file["path"])) for file in manifest["files"]]
+        files = [file for file in manifest["files"] if file["path"] != _TAR]
+        targets = [(file, folder / safe_path(file["path"])) for file in files]
         for file, target in targets:
             url = f"{_JOBS}/{job_id}/artifacts/{file['path']}"
             self._download(url, target, sha256=file["sha256"])

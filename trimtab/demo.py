@@ -62,8 +62,8 @@ class Demo:
                 started = time.monotonic()
                 job, history = self._train(spec, stack, client)
                 self._tell(f"the job took {duration(time.monotonic() - started)}")
-                manifest = client.download(job["id"], self.out)
-            self._tell(f"{len(manifest['files'])} files downloaded, every sha256 verified")
+                client.download(job["id"], self.out)
+            self._tell("adapter downloaded, every sha256 verified")
         comparison = self._compare(job, model)
         self._report(job, history, comparison)
         return comparison.is_improved
@@ -195,8 +195,16 @@ def run_engine(folder: Path) -> None:
             code = process.wait()
         finally:
             process.kill()
-    if code:
-        end = folder / "exit.json"
-        error = json.loads(end.read_text(encoding="utf-8"))["error"] if end.exists() else None
-        reason = error["message"] if error else f"exit code {code}"
+    if reason := _fault(folder, code):
         raise Failed(f"the engine could not answer the prompts: {reason} (log: {log.name})")
+
+
+def _fault(folder: Path, code: int) -> str | None:
+    """Why the run failed, None if it did not; `exit.json` wins over the code of the process."""
+    end = folder / "exit.json"
+    if not end.exists():
+        return f"exit code {code} and no exit.json"
+    ended = json.loads(end.read_text(encoding="utf-8"))
+    if ended["code"] == 0:
+        return None
+    return str((ended["error"] or {}).get("message") or ended["reason"])
