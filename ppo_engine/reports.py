@@ -435,3 +435,12 @@ METRICS: dict[str, Metric] = {
     "grad_norm_clipped": Metric("share", "1 if grad_norm exceeded max_grad_norm; mean over passes"),
 }
 """Every metric by name; `seconds.<part>` (seconds a part of the step took) stands for a family."""
+
+
+def metrics_table() -> str:
+    """`METRICS` as a Markdown table."""
+    rows = ["| name | unit | formula |", "|---|---|---|"]
+    for name, metric in METRICS.items():
+        formula = metric.formula.replace("|", "\\|")
+        rows.append(f"| `{name}` | {metric.unit} | {formula} |")
+    return "\n".join(rows)
