@@ -155,7 +155,7 @@ def test_no_secret_has_a_default():
         if not one.is_required
     }
 
-    assert defaults == {"TRIMTAB_PUBLISH": "127.0.0.1:8000"}
+    assert defaults == {"TRIMTAB_PUBLISH": "127.0.0.1:8000", "TRIMTAB_WORKERS": "1"}
 
 
 def test_no_secret_is_written_into_the_file():
@@ -171,9 +171,18 @@ def test_the_example_names_every_variable_and_holds_no_secret():
     offered = {line[1:].split("=", 1)[0] for line in lines if line.startswith("#") and "=" in line}
 
     assert given == dict.fromkeys(PASSWORDS, "")
-    assert offered == {"TRIMTAB_PUBLISH", "PIP_INDEX_URL"}
+    assert offered == {"TRIMTAB_PUBLISH", "TRIMTAB_WORKERS", "PIP_INDEX_URL"}
     used = {one.name for one in deployment.references(deployment.compose_text())}
     assert used == {*given, *offered} - {"PIP_INDEX_URL"}
+
+
+def test_the_dispatcher_knows_how_many_workers_there_are(alone):
+    many = {**PASSWORDS, "TRIMTAB_WORKERS": "3"}
+    services = deployment.interpolated(deployment.compose(), many)["services"]
+
+    assert services["worker"]["deploy"] == {"replicas": "3"}
+    assert services["dispatcher"]["environment"]["TRIMTAB_SLOTS"] == "3"
+    assert settings_of("dispatcher", alone).slots == 1
 
 
 @each_own
