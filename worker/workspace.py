@@ -187,7 +187,7 @@ class Workspace:
     def thin_checkpoint(self, old: Checkpoint) -> None:
         """Delete what only a resume would need; the adapter stays."""
         for key in self._store.keys(old.uri):
-            if not PurePosixPath(key).name.startswith("adapter"):
+            if not key.startswith(f"{old.uri}/{ADAPTER_FOLDER}/"):
                 self._store.delete(key)
 
     def remove(self) -> None:

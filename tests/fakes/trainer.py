@@ -106,7 +106,7 @@ class FakeTrainer:
         threading.Thread(target=_exit_at_end_of_input, daemon=True).start()
         try:
             self._train()
-            code, reason, error = 0, "finished", None
+            code, reason, error = 0, "done", None
         except EndRun as end:
             code, reason, error = end.code, end.reason, end.error
         _write_json(self._folder / "exit.json", {"code": code, "reason": reason, "error": error})
@@ -189,8 +189,11 @@ class FakeTrainer:
             return
         draft = self._folder / f"ck-{step}.tmp-{os.getpid()}"
         draft.mkdir()
+        (draft / "adapter").mkdir()
+        (draft / "adapter" / "adapter_model.safetensors").write_text(state)
         _write_json(draft / "state.json", {"state": state, "step": step})
-        files = {"state.json": _described(draft / "state.json")}
+        names = ("adapter/adapter_model.safetensors", "state.json")
+        files = {name: _described(draft / name) for name in names}
         manifest = {"files": files, "step": step, "environment": {"trainer": "fake"}}
         _write_json(draft / "manifest.json", manifest)
         draft.rename(target)
