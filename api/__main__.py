@@ -3,22 +3,22 @@
 import socket
 import sys
 
-import structlog
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
 
 from api.app import create_app
 from api.deps import Services
+from api.schema_version import SchemaState, schema_state
 from api.settings import ApiSettings
 from core import logs
+from core.errors import DatabaseUnavailable
 
 GRACE_SECONDS = 10
 
 EXIT_SETTINGS = 64
 EXIT_START = 69
-
-log = structlog.get_logger()
 
 
 class Server(uvicorn.Server):
@@ -43,9 +43,25 @@ def main() -> int:
         sys.stderr.write(f"api: missing or wrong settings: {missing}\n")
         return EXIT_SETTINGS
     logs.configure(log_format=settings.log_format)
-    server = make_server(create_app(settings), settings)
+    app = create_app(settings)
+    if hindrance := hindrance_to_start(app.state.services):
+        sys.stderr.write(f"api: {hindrance}\n")
+        return EXIT_START
+    server = make_server(app, settings)
     server.run()
     return 0 if server.started else EXIT_START
+
+
+def hindrance_to_start(services: Services) -> str | None:
+    """Why the process cannot serve, and what to do about it; None if it can."""
+    try:
+        with services.database.begin() as tx:
+            state = schema_state(tx)
+    except (DatabaseUnavailable, OperationalError):
+        return "the database does not answer; check DATABASE_URL"
+    if state is not SchemaState.CURRENT:
+        return "the database has not the tables of this version; run `python -m migrations` first"
+    return None
 
 
 def make_server(app: FastAPI, settings: ApiSettings) -> Server:

@@ -16,7 +16,6 @@ from api.errors import answer_error
 from api.feed_stream import OpenStreams
 from api.middleware import Gate, RequestLog
 from api.routes import artifacts, clip, files, health, jobs, models, stream, timeline
-from api.schema_version import SchemaState, schema_state
 from api.settings import ApiSettings
 from core.db import Database
 from core.errors import DomainError
@@ -28,13 +27,6 @@ STREAM_CONNECTIONS = 4
 """Connections, and threads, that all streams share."""
 
 ROUTERS = (health, jobs, timeline, clip, stream, artifacts, files, models)
-
-
-class SchemaNotCurrent(Exception):
-    """The database's schema is not the one this code needs; run `python -m migrations` first."""
-
-    def __str__(self) -> str:
-        return self.__doc__ or ""
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
@@ -86,7 +78,6 @@ def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextMan
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        await anyio.to_thread.run_sync(_check_schema, services)
         # As many threads as connections: requests queue before a thread, not inside one.
         anyio.to_thread.current_default_thread_limiter().total_tokens = (
             services.settings.num_threads
@@ -100,12 +91,6 @@ def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextMan
             services.stream_database.dispose()
 
     return lifespan
-
-
-def _check_schema(services: Services) -> None:
-    with services.database.begin() as tx:
-        if schema_state(tx) is not SchemaState.CURRENT:
-            raise SchemaNotCurrent
 
 
 def _openapi_document(request: Request) -> JSONResponse:

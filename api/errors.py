@@ -19,6 +19,7 @@ from core.errors import (
     DomainError,
     Fault,
     IdempotencyInProgress,
+    InvalidApiKey,
     InvalidRequest,
     NotFound,
     ServerFault,
@@ -94,8 +95,18 @@ def _domain_error(error: DomainError) -> ApiError:
         status=_status(error),
         param=error.param,
         faults=error.faults,
-        headers={"Retry-After": "1"} if isinstance(error, IdempotencyInProgress) else {},
+        headers=_headers(error),
     )
+
+
+def _headers(error: DomainError) -> dict[str, str]:
+    match error:
+        case IdempotencyInProgress():
+            return {"Retry-After": "1"}
+        case InvalidApiKey():
+            return {"WWW-Authenticate": "Bearer"}
+        case _:
+            return {}
 
 
 def _status(error: DomainError) -> int:
