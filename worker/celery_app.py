@@ -55,11 +55,11 @@ def make_celery(
         task_default_exchange=queue,
         task_default_routing_key=queue,
         task_create_missing_queues=False,
-        # Noise.
+        # Noise; and nobody gives orders over Redis.
         worker_send_task_events=False,
         task_send_sent_event=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
-        worker_enable_remote_control=True,
+        worker_enable_remote_control=False,
     )
     return app
