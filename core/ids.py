@@ -73,5 +73,4 @@ _DIGITS = frozenset("0123456789abcdef")
 
 
 def _refuse(public: str, error: type[DomainError]) -> NoReturn:
-    shown = public if len(public) <= 64 and public.isprintable() else public[:64].encode().hex()
-    raise error(f"{error.__doc__ or ''} Got {shown!r}.".strip())
+    raise error(f"{error.__doc__} Got {public[:64]!a}.")

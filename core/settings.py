@@ -18,23 +18,28 @@ def default_home() -> Path:
     return (Path(state) if state else Path.home() / ".local" / "state") / "trimtab"
 
 
-class SecretFiles(PydanticBaseSettingsSource):
-    """Secrets named by `NAME_FILE`: the content of that file, without the last newline."""
+class Environment(PydanticBaseSettingsSource):
+    """Values named by a field's alias, and by that only: `HOME` is nobody's `home`.
+
+    `NAME_FILE` names a file that holds the value of `NAME`, but for a last newline.
+    """
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """The content of the file that the environment names for this field, if it names one."""
-        name = field.validation_alias
-        path = os.environ.get(f"{name}_FILE") if isinstance(name, str) else None
-        value = Path(path).read_text(encoding="utf-8").rstrip("\r\n") if path else None
-        return value, str(name or field_name), False
+        """The text for this field, or None."""
+        name = str(field.validation_alias or field_name)
+        text = os.environ.get(name)
+        path = os.environ.get(f"{name}_FILE")
+        if text is None and path:
+            text = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+        return text, name, self.field_is_complex(field)
 
     def __call__(self) -> dict[str, Any]:
-        """All values that files give."""
+        """All values that the environment gives; lists and the like as JSON."""
         found = {}
-        for name, field in self.settings_cls.model_fields.items():
-            value, key, _ = self.get_field_value(field, name)
-            if value is not None:
-                found[key] = value
+        for field_name, field in self.settings_cls.model_fields.items():
+            text, name, is_complex = self.get_field_value(field, field_name)
+            if text is not None:
+                found[name] = self.prepare_field_value(field_name, field, text, is_complex)
         return found
 
 
@@ -59,9 +64,9 @@ class ProcessSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over the environment, the environment over files."""
-        del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, SecretFiles(settings_cls)
+        """Arguments win over the environment."""
+        del env_settings, dotenv_settings, file_secret_settings
+        return init_settings, Environment(settings_cls)
 
     @classmethod
     def from_environment(cls) -> Self:

@@ -6,6 +6,7 @@ Bounds and defaults of every hyperparameter live here and nowhere else.
 import dataclasses
 import difflib
 import math
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _AUTO = "auto"
 _MICRO_BATCH = 8
 _SERVED_RANK = 16
 _MAX_DEPTH = 16
+_READS_SAMPLE = re.compile(r"\{\{\s*sample\.")
 _SEED_BITS = 31
 
 LossAggregationName = Literal[
@@ -538,7 +540,7 @@ def _notices(spec: JobSpec) -> Iterator[Notice]:
             message="with one pass per step the ratio is always 1 and nothing is ever clipped; "
             "raise epochs or minibatches",
         )
-    if "sample." not in spec.method.ppo.reward.input:
+    if not _READS_SAMPLE.search(spec.method.ppo.reward.input):
         yield Notice(
             code="reward_ignores_sample",
             param="method.ppo.reward.input",

@@ -287,6 +287,7 @@ create trigger job_changes before update of status on job
 GRANTS = """
 grant usage on schema public to trimtab_api, trimtab_worker;
 
+grant select on alembic_version to trimtab_api, trimtab_worker;
 grant select on tenant, file, job, attempt, job_event, metric, clip_pass, checkpoint, artifact
     to trimtab_api, trimtab_worker;
 
