@@ -47,9 +47,10 @@ def row_weights(
 
         token_mean                     1/N          N response tokens in all rows
         sequence_mean_token_mean       1/(B·L_i)    L_i response tokens of row i
-        sequence_mean_token_sum        1/B          (Dr. GRPO's norm, arXiv:2503.20783, is the next)
+        sequence_mean_token_sum        1/B          B rows that have response tokens
         sequence_mean_token_sum_norm   1/(B·T_max)  T_max the configured limit, not the padding
 
+    The first is DAPO's (arXiv:2503.14476), the second GRPO's, the last Dr. GRPO's (2503.20783).
     Compute it over all rows of the optimizer step at once, then slice it with the micro-batches.
     Rows without response tokens weigh 0 and do not count in B.
     """
