@@ -21,6 +21,7 @@ from trimtab.servers import (
     VALKEY_ADMIN,
     VALKEY_USER,
     WORKER_ROLE,
+    open_log,
     postgres_answers,
     valkey_answers,
 )
@@ -117,7 +118,7 @@ class EmbeddedServers:
         options = [] if self._fsync else ["--no-fsync"]
         # -P: nothing in the current directory can pose as a module of the guard.
         command = [sys.executable, "-P", "-m", "trimtab.guard", str(self.home.path), *options]
-        with (self.home.logs / "guard.log").open("a") as log:
+        with open_log(self.home.logs / "guard.log") as log:
             self._guard = subprocess.Popen(  # noqa: S603 - our own module
                 command,
                 stdin=subprocess.PIPE,

@@ -429,10 +429,11 @@ def prepare_servers_directory(home: StateHome) -> Path:
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """The log file, opened to append; a long one is put aside first."""
+    """The log file, opened to append, 0600; a long one is put aside first."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size > LOG_BYTES:
             path.replace(path.with_name(f"{path.name}.1"))
+    path.touch(mode=0o600)
     return path.open("ab")
 
 

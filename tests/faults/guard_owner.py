@@ -46,7 +46,7 @@ def wait_until(is_so: Callable[[], Any], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not is_so():
         assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS} s in vain until {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +63,18 @@ class Person:
         if os.geteuid() == 0:
             os.chown(path, self.uid, self.uid)
 
-    def home(self) -> Path:
-        """A fresh place for a state directory."""
-        home = Path(tempfile.mkdtemp(dir=self.folder)) / "home"
-        self.own(home.parent)
-        return home
+    @contextlib.contextmanager
+    def home(self) -> Iterator[Path]:
+        """A fresh place for a state directory; at the end nothing runs on it, and it goes."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self.own(folder)
+        state = StateHomeOf(folder / "home", self)
+        try:
+            yield state.path
+        finally:
+            wait_until(lambda: not processes_on(folder), f"nothing runs in {folder}")
+            state.remove()
+            shutil.rmtree(folder)
 
     def popen(self, command: list[str]) -> "subprocess.Popen[str]":
         """`command` as this user, a process group leader with pipes."""
@@ -215,15 +222,12 @@ def ordinary_user() -> Iterator[Person]:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A directory that everybody may enter; at the end nothing runs in it, and it goes."""
+    """A directory that everybody may enter, for the time of the tests."""
     folder = Path(tempfile.mkdtemp(prefix="trimtab-guard-test-"))
     folder.chmod(0o755)
     try:
         yield folder
     finally:
-        wait_until(lambda: not processes_on(folder), f"nothing runs in {folder}")
-        for secrets_file in list(folder.rglob("secrets.json")):
-            StateHome(secrets_file.parent).remove()
         shutil.rmtree(folder)
 
 
@@ -236,18 +240,27 @@ def _copy_packages(target: Path) -> None:
             if ".." not in file.parts and file.suffix != ".pyc":
                 copied = target / file
                 copied.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(str(file.locate()), copied)
+                _link_or_copy(Path(str(file.locate())), copied)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Link where both lie on one disk: the wheels are large."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _interpreter(target: Path) -> tuple[str, dict[str, str]]:
     """An interpreter that the ordinary user may run, with the environment it needs."""
     base = Path(sys.executable).resolve()
-    for python in (sys.executable, str(base)):
-        with contextlib.suppress(OSError):
-            command = [python, "-I", "-c", "import json"]
-            if subprocess.run(command, user=ORDINARY_UID, check=False, cwd="/").returncode == 0:
-                return python, {}
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    installed = shutil.which(version, path="/usr/local/bin:/usr/bin:/bin")
+    for python in (sys.executable, str(base), installed):
+        with contextlib.suppress(OSError):
+            command = [str(python), "-I", "-c", "import ctypes, json"]
+            if subprocess.run(command, user=ORDINARY_UID, check=False, cwd="/").returncode == 0:
+                return str(python), {}
     ignored = shutil.ignore_patterns(
         "__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "config-*"
     )
