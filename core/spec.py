@@ -81,8 +81,11 @@ class Model(BaseModel):
 
     @classmethod
     def _is_absent(cls, name: str, value: Any) -> bool:
-        field = cls.model_fields.get(name)
-        return value is None and field is not None and type(None) not in get_args(field.annotation)
+        if value is not None:
+            return False
+        known = {field.alias or own: field for own, field in cls.model_fields.items()}
+        field = known.get(name)
+        return field is not None and type(None) not in get_args(field.annotation)
 
 
 class Lora(Model):
