@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy import Connection, select
 
 from core import models
+from core.attempts import Holder
 from core.db import Database
 from core.storage import ArtifactStore
 
@@ -21,9 +22,12 @@ log = structlog.get_logger(__name__)
 def sweep(database: Database, store: ArtifactStore, *, kept_for: timedelta = KEPT_FOR) -> int:
     """Delete the files of attempts that are old enough and have no row; how many there were."""
     orphans: list[Path] = []
+    before = time.time() - kept_for.total_seconds()
     for folder in sorted((store.root / "jobs").glob("*/attempt-*")):
+        if (attempt := _attempt_of(folder)) is None:
+            continue
         with database.begin() as tx:
-            orphans += _orphans(tx, store.root, folder, time.time() - kept_for.total_seconds())
+            orphans += _orphans(tx, store.root, folder, attempt, before)
     for path in orphans:
         path.unlink(missing_ok=True)
         _remove_empty(path.parent, below=store.root)
@@ -32,19 +36,28 @@ def sweep(database: Database, store: ArtifactStore, *, kept_for: timedelta = KEP
     return len(orphans)
 
 
-def _orphans(tx: Connection, root: Path, folder: Path, before: float) -> list[Path]:
+def _attempt_of(folder: Path) -> Holder | None:
+    """Whose folder it is, `<job>/attempt-<n>`; None for a name that is not ours."""
+    number = folder.name.removeprefix("attempt-")
+    try:
+        job_id = UUID(folder.parent.name)
+    except ValueError:
+        return None
+    return Holder(job_id=job_id, attempt=int(number)) if number.isdecimal() else None
+
+
+def _orphans(
+    tx: Connection, root: Path, folder: Path, attempt: Holder, before: float
+) -> list[Path]:
     """Old files of one attempt that neither an artifact nor a checkpoint names."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     old = [path for path in files if path.stat().st_mtime < before]
-    if not old:
-        return []
-    job_id, number = UUID(folder.parent.name), int(folder.name.removeprefix("attempt-"))
-    if _is_held(tx, job_id, number):
+    if not old or _is_held(tx, attempt):
         return []
     table = models.artifact
-    named = set(tx.execute(select(table.c.uri).where(table.c.job_id == job_id)).scalars())
+    named = set(tx.execute(select(table.c.uri).where(table.c.job_id == attempt.job_id)).scalars())
     saved = models.checkpoint
-    kept = list(tx.execute(select(saved.c.uri).where(saved.c.job_id == job_id)).scalars())
+    kept = list(tx.execute(select(saved.c.uri).where(saved.c.job_id == attempt.job_id)).scalars())
     keys = {path.relative_to(root).as_posix(): path for path in old}
     return [
         path
@@ -53,10 +66,12 @@ def _orphans(tx: Connection, root: Path, folder: Path, before: float) -> list[Pa
     ]
 
 
-def _is_held(tx: Connection, job_id: UUID, attempt: int) -> bool:
+def _is_held(tx: Connection, attempt: Holder) -> bool:
     job = models.job.c
     row = tx.execute(
-        select(job.id).where(job.id == job_id, job.attempt == attempt, job.lease_until.is_not(None))
+        select(job.id).where(
+            job.id == attempt.job_id, job.attempt == attempt.attempt, job.lease_until.is_not(None)
+        )
     ).one_or_none()
     return row is not None
 

@@ -285,6 +285,17 @@ def assert_no_holes(items: list[FeedItem], job: Job) -> None:
     assert [item.seq for item in items] == list(range(1, job.last_seq + 1))
 
 
+def assert_as_if_uninterrupted(bench: Bench, done: Job, *, steps: int) -> None:
+    """No step was lost or done twice, one adapter was published, the feed has no hole."""
+    assert bench.final_state(done.id) == expected_state(steps)
+    assert rewards(bench.curves(done.id)) == expected_rewards(steps)
+    assert bench.codes(done.id).count("job.succeeded") == 1
+    assert {one.attempt for one in bench.artifacts(done.id).values() if "adapter" in one.path} == {
+        done.attempt
+    }
+    assert_no_holes(bench.feed(done.id), done)
+
+
 def holder(job: Job) -> Holder:
     """The fence of the attempt that holds the job now."""
     return Holder(job_id=job.id, attempt=job.attempt)

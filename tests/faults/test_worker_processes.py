@@ -12,12 +12,12 @@ from sqlalchemy import update
 
 from core import models
 from core.db import Database
-from core.rows import Job
 from core.states import JobStatus
 from tests.conftest import Servers
 from tests.factories import Tenant
 from tests.fakes.bench import (
     Bench,
+    assert_as_if_uninterrupted,
     assert_no_holes,
     expected_rewards,
     expected_state,
@@ -186,17 +186,6 @@ def test_a_stopped_supervisor_comes_back_too_late(bench: Bench) -> None:
     done = bench.job(job.id)
     assert done.worker_label == "next"
     assert_as_if_uninterrupted(bench, done, steps=6)
-
-
-def assert_as_if_uninterrupted(bench: Bench, done: Job, *, steps: int) -> None:
-    """No step was lost or done twice, one adapter was published, the feed has no hole."""
-    assert bench.final_state(done.id) == expected_state(steps)
-    assert rewards(bench.curves(done.id)) == expected_rewards(steps)
-    assert bench.codes(done.id).count("job.succeeded") == 1
-    assert {one.attempt for one in bench.artifacts(done.id).values() if "adapter" in one.path} == {
-        done.attempt
-    }
-    assert_no_holes(bench.feed(done.id), done)
 
 
 def forget_backoff(bench: Bench) -> None:
