@@ -139,6 +139,21 @@ def test_the_bounds_themselves_are_inside() -> None:
     ]
 
 
+def test_at_the_bounds_nothing_is_out_of_range() -> None:
+    rule = {"clip_low": 1 - math.exp(-0.3), "clip_high": math.exp(0.2) - 1, "dual_clip": None}
+    batch = of_ratios([1.0, 1.0], [1.0, -1.0])
+    batch["old_logprobs"] = torch.zeros(1, 2).double()
+    batch["logprobs"] = torch.tensor([[0.2, -0.3]], dtype=torch.float64)
+
+    report = measured(batch, rule=rule, grad_norm=1.0)
+
+    assert report.values["ratio_above_range_fraction"] == 0.0
+    assert report.values["ratio_below_range_fraction"] == 0.0
+    assert report.values["policy_clip_fraction"] == 0.0
+    assert report.values["grad_norm_clipped"] == 0.0
+    assert sweep(report.ratios, **rule).values["policy_clip_fraction"] == 0.0
+
+
 def test_four_tokens_by_hand() -> None:
     rule = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
     batch = of_ratios([1.5, 0.5, 1.0, 1.5], [1.0, -1.0, 2.0, -1.0])
