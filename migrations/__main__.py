@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import psycopg
 import structlog
+from alembic.util import CommandError
 from pydantic import Field, SecretStr, ValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from core import logs
 from core.settings import DatabaseSettings
@@ -36,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(log_format=settings.log_format)
     try:
         revision = _run(options, settings)
-    except OperationalError as error:
-        log.error("migrations.failed", reason=str(error.orig).strip())  # noqa: TRY400 - no stack
+    except (DBAPIError, psycopg.Error, CommandError, commands.MigrationError) as error:
+        reason = getattr(error, "orig", None) or error
+        log.error("migrations.failed", reason=str(reason).strip())  # noqa: TRY400 - no stack
         return 69
     log.info("migrations.done", revision=revision)
     return 0

@@ -17,8 +17,15 @@ from sqlalchemy.pool import NullPool
 from core.db import driver_url
 from migrations.roles import API_ROLE, WORKER_ROLE, ensure_role
 
+OLDEST_SERVER = 18
+"""The first Postgres that has all we use, such as `uuidv7()`."""
+
 _LOCK = 7_265_128_001
 """Advisory lock that lets one migrator work at a time, in the whole cluster: roles are shared."""
+
+
+class MigrationError(Exception):
+    """The database cannot be brought to the revision asked for."""
 
 
 def upgrade(
@@ -30,7 +37,7 @@ def upgrade(
 ) -> str | None:
     """Make the roles and apply every missing migration; the revision reached."""
     with _alone(owner_url) as connection:
-        driver = cast(psycopg.Connection, connection.connection.driver_connection)
+        driver = _driver(connection)
         ensure_role(driver, API_ROLE, api_password)
         ensure_role(driver, WORKER_ROLE, worker_password)
         connection.commit()
@@ -56,11 +63,22 @@ def _alone(url: str) -> Iterator[Connection]:
     engine = create_engine(driver_url(url), poolclass=NullPool)
     try:
         with engine.connect() as connection:
+            _check_server(_driver(connection))
             connection.execute(text("select pg_advisory_lock(:lock)"), {"lock": _LOCK})
             connection.commit()
             yield connection
     finally:
         engine.dispose()
+
+
+def _driver(connection: Connection) -> psycopg.Connection:
+    return cast(psycopg.Connection, connection.connection.driver_connection)
+
+
+def _check_server(driver: psycopg.Connection) -> None:
+    major = driver.info.server_version // 10_000
+    if major < OLDEST_SERVER:
+        raise MigrationError(f"Postgres {OLDEST_SERVER} or newer is needed, this is {major}")
 
 
 def _config(connection: Connection | None = None) -> Config:

@@ -299,9 +299,15 @@ grant update (status, stop_wanted, stop_wanted_at, finished_at, dispatched_at, n
     crashes, last_seq) on job to trimtab_api;
 grant select, insert, delete on idempotency to trimtab_api;
 
-grant update on job to trimtab_worker;
-grant insert on job_event, metric, clip_pass to trimtab_worker;
-grant insert, update on attempt, checkpoint, artifact to trimtab_worker;
+grant update (status, phase, attempt, lease_until, claim_key, worker_label, stop_wanted,
+    stop_wanted_at, dispatched_at, not_before, step, total_steps, saved_step, crashes, crash_step,
+    last_seq, resolved, usage, fine_tuned_model, error_code, error_message, error_param,
+    started_at, finished_at) on job to trimtab_worker;
+grant insert on job_event, metric, clip_pass, attempt, checkpoint, artifact to trimtab_worker;
+grant update (last_line, resumed_from_step, ended_at, end_reason, end_status, exit_code)
+    on attempt to trimtab_worker;
+grant update (resumable, best) on checkpoint to trimtab_worker;
+grant update (attempt, path, role, media_type, uri, sha256, bytes) on artifact to trimtab_worker;
 grant select (created_at), delete on idempotency to trimtab_worker;
 """
 

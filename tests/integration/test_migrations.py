@@ -239,6 +239,11 @@ WORKER_MAY_NOT = [
     "insert into job select * from job",
     "insert into file select * from file",
     "update file set deleted_at = now()",
+    "update job set spec = '{}'",
+    "update job set tenant_id = gen_random_uuid()",
+    "update job set created_by = gen_random_uuid()",
+    "update checkpoint set manifest_sha256 = ''",
+    "update attempt set worker_label = ''",
 ]
 
 
@@ -330,6 +335,28 @@ def test_the_command_says_that_nobody_answers() -> None:
     assert code == 69
     assert "refused" in said
     assert "hidden" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(("downgrade", "nonsense"), "nonsense"), (("upgrade", "9999"), "9999")],
+)
+def test_the_command_says_that_a_revision_is_unknown(
+    empty_url: str, arguments: tuple[str, ...], reason: str
+) -> None:
+    code, said = run_migrations(empty_url, *arguments)
+
+    assert code == 69
+    assert reason in said
+    assert "Traceback" not in said
+
+
+def test_the_command_says_that_it_is_not_the_owner(api_url: str) -> None:
+    code, said = run_migrations(api_url, TRIMTAB_API_PASSWORD="another")
+
+    assert code == 69
+    assert "permission denied" in said
     assert "Traceback" not in said
 
 
