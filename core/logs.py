@@ -38,5 +38,8 @@ def configure(*, log_format: str = "json", level: str = "INFO") -> None:
 def _ending(log_format: str) -> list[Any]:
     """JSON escapes control characters by itself; the console is for people."""
     if log_format == "console":
-        return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        plain = structlog.dev.plain_traceback  # the default prints local variables: secrets
+        return [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)
+        ]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(sort_keys=True)]

@@ -22,6 +22,8 @@ from migrations.roles import API_ROLE, WORKER_ROLE
 from tests.factories import Tenant, make_tenant
 from trimtab.embedded import EmbeddedServers
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads
+
 BUDGET_MINUTES = {"unit": 1, "integration": 3, "contract": 3, "faults": 5, "e2e": 4}
 
 

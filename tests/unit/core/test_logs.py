@@ -51,6 +51,22 @@ def test_people_can_have_words_instead(capsys: pytest.CaptureFixture[str]) -> No
     assert "job.claimed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_shows_no_local_variables(
+    capsys: pytest.CaptureFixture[str], log_format: str
+) -> None:
+    logs.configure(log_format=log_format)
+    password = "-".join(["hunter", "2"])
+    try:
+        {}[len(password)]
+    except KeyError:
+        structlog.get_logger().exception("it.broke")
+
+    said = capsys.readouterr().err
+    assert "KeyError" in said
+    assert password not in said
+
+
 def test_an_exception_is_part_of_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure()
     try:
