@@ -24,15 +24,16 @@ ALLOWED_VARIABLES = frozenset(
         "LANG",
         "LC_ALL",
         "LD_LIBRARY_PATH",
-        "MKL_NUM_THREADS",
         "NVIDIA_VISIBLE_DEVICES",
-        "OMP_NUM_THREADS",
         "OPENBLAS_NUM_THREADS",
         "PATH",
         "TZ",
     }
 )
-"""What a trainer inherits: where programs are, the language, devices and thread counts."""
+"""What a trainer inherits: where programs are, the language and devices."""
+
+ALLOWED_PREFIXES = ("OMP_", "MKL_")
+"""And how its threads behave."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,7 +49,11 @@ class TrainerEnd:
 
 def trainer_environment(parent: Mapping[str, str], run_folder: Path) -> dict[str, str]:
     """The variables of a trainer: a few of ours, a home and a temporary folder of its own."""
-    inherited = {name: value for name, value in parent.items() if name in ALLOWED_VARIABLES}
+    inherited = {
+        name: value
+        for name, value in parent.items()
+        if name in ALLOWED_VARIABLES or name.startswith(ALLOWED_PREFIXES)
+    }
     return {
         **inherited,
         "HOME": str(run_folder / "home"),

@@ -76,14 +76,15 @@ class Bench:
         write_plan(self.plan_file, **plan)
 
     def settings(self, **over: Any) -> WorkerSettings:
-        return WorkerSettings(
-            home=self.home,
-            database_url=SecretStr(self.worker_url),
-            redis_url=SecretStr(self.redis_url),
-            trainer_command=tuple(fake_trainer_command(self.plan_file)),
-            label="bench",
-            **(FAST | over),
-        )
+        fields: dict[str, Any] = {
+            "home": self.home,
+            "database_url": SecretStr(self.worker_url),
+            "redis_url": SecretStr(self.redis_url),
+            "trainer_command": tuple(fake_trainer_command(self.plan_file)),
+            "label": "bench",
+            **FAST,
+        }
+        return WorkerSettings(**(fields | over))
 
     @contextmanager
     def parts(self, **over: Any) -> Iterator[supervisor.Parts]:
