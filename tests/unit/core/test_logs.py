@@ -56,7 +56,7 @@ def test_a_traceback_shows_no_local_variables(
     capsys: pytest.CaptureFixture[str], log_format: str
 ) -> None:
     logs.configure(log_format=log_format)
-    password = "-".join(["hunter", "2"])
+    password = "hunter-2"
     try:
         {}[len(password)]
     except KeyError:
