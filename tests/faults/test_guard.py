@@ -141,6 +141,18 @@ def test_nothing_survives_when_owner_and_guard_are_killed_at_once(
         owner.wait_until_all_is_gone()
 
 
+def test_kill_9_of_the_whole_process_group_leaves_the_guard_to_tidy_up(
+    person: Person, home: Path
+) -> None:
+    with owner_of(person, home) as owner:
+        owner.family = owner.processes()
+
+        os.killpg(owner.process.pid, signal.SIGKILL)
+
+        owner.wait_until_all_is_gone()
+        assert stopped_in_order(owner)
+
+
 @pytest.mark.parametrize("server", ["postgres_pid", "valkey_pid"])
 def test_a_killed_server_comes_back_at_its_address_with_its_data(
     person: Person, home: Path, server: str
