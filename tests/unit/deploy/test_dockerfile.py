@@ -162,7 +162,7 @@ def test_the_build_sees_what_it_copies_and_nothing_else():
         assert (deployment.ROOT / source).exists(), source
         assert not deployment.is_ignored(source), source
     secret = [".env", ".env.example", ".git/config", ".venv/bin/python", "tests/factories.py"]
-    caches = ["api/__pycache__/app.cpython-311.pyc", "core/jobs.pyc"]
+    caches = ["api/__pycache__/app.cpython-311.pyc", "core/jobs.pyc", "core/__pycache__/left"]
     for path in [*secret, *caches]:
         assert deployment.is_ignored(path), path
 
