@@ -1,9 +1,11 @@
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import func
+from sqlalchemy import func, text
 
 from core import artifacts, files
 from core.db import Database
@@ -146,8 +148,25 @@ def test_a_file_that_expires_later_can_be_used(database: Database, tenant: Tenan
     assert locked == file
 
 
+def has_waiter(database: Database) -> bool:
+    """Whether a connection to this database waits for a lock."""
+    waiters = text(
+        "select count(*) from pg_stat_activity"
+        " where datname = current_database() and wait_event_type = 'Lock'"
+    )
+    with database.begin() as tx:
+        return bool(tx.execute(waiters).scalar_one())
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_file_is_not_deleted_under_a_job_that_is_being_made(
-    database: Database, tenant: Tenant
+    database: Database, owner_database: Database, tenant: Tenant
 ) -> None:
     with database.begin() as tx:
         file = make_file(tx, tenant)
@@ -158,20 +177,20 @@ def test_a_file_is_not_deleted_under_a_job_that_is_being_made(
             with database.begin() as tx:
                 files.delete(tx, file.id, tenant_id=tenant.tenant_id)
             outcome.append("deleted")
-        except FileInUse:
-            outcome.append("in use")
+        except DomainError as error:
+            outcome.append(error.code)
 
     with database.begin() as tx:
         locked = files.lock_for_job(
             tx, public_file_id(file.id), tenant_id=tenant.tenant_id, param="training_file"
         )
         deleter = threading.Thread(target=delete)
-        deleter.start()  # waits for our lock, or for nothing at all if there is none
-        deleter.join(timeout=0.3)
+        deleter.start()
+        wait_until(lambda: not deleter.is_alive() or has_waiter(owner_database))
         make_job(tx, tenant, file=locked)
     deleter.join()
 
-    assert outcome == ["in use"]
+    assert outcome == ["file_in_use"]
 
 
 def test_an_adapter_is_awaited_until_the_end(database: Database, tenant: Tenant) -> None:
