@@ -198,11 +198,14 @@ def _sample(run: RunFile) -> None:
 
 def _die_with_parent() -> None:
     """If stdin is a pipe, its end means that the supervisor is gone: exit at once."""
-    if not stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+    descriptor = sys.stdin.fileno()
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: its lock would be held when the interpreter shuts down.
+        while os.read(descriptor, 4096):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,6 +1,5 @@
 """Prompts of the training and validation files, as token ids, in a shuffled order that resumes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from ppo_engine.errors import InvalidTrainingFile
-from ppo_engine.rows import Prompt, parse_prompt
+from ppo_engine.rows import Prompt, read_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +26,16 @@ class EncodedPrompt:
 def load_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int) -> list[EncodedPrompt]:
     """All prompts of a JSONL file; a prompt that is too long is an error, never cut silently."""
     prompts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        prompt = parse_prompt(json.loads(line))
-        token_ids = _encode(prompt, tokenizer)
-        if len(token_ids) > max_prompt_tokens:
-            raise InvalidTrainingFile(
-                f"line {number}: the prompt has {len(token_ids)} tokens, more than "
-                f"max_prompt_tokens = {max_prompt_tokens}; shorten it or raise the limit",
-                param="method.ppo.hyperparameters.max_prompt_tokens",
-            )
-        prompts.append(EncodedPrompt(prompt=prompt, line=number, token_ids=token_ids))
+    with path.open("rb") as file:
+        for line, prompt in read_prompts(file):
+            token_ids = _encode(prompt, tokenizer)
+            if len(token_ids) > max_prompt_tokens:
+                raise InvalidTrainingFile(
+                    f"line {line}: the prompt has {len(token_ids)} tokens, more than "
+                    f"max_prompt_tokens = {max_prompt_tokens}; shorten it or raise the limit",
+                    param="method.ppo.hyperparameters.max_prompt_tokens",
+                )
+            prompts.append(EncodedPrompt(prompt=prompt, line=line, token_ids=token_ids))
     if not prompts:
         raise InvalidTrainingFile("the file holds no prompts", param="training_file")
     return prompts
