@@ -69,6 +69,15 @@ def test_a_job_ends_with_its_adapter_and_its_history(bench: Bench) -> None:
     assert not bench.scratch.exists() or not any(bench.scratch.iterdir())
 
 
+def test_what_a_trainer_told_last_is_stored_before_the_job_ends(bench: Bench) -> None:
+    job = bench.make_job(steps=5)
+
+    done = bench.run_job(job, tick_seconds=30.0)  # longer than the trainer lives
+
+    assert done.status is JobStatus.SUCCEEDED
+    assert rewards(bench.curves(job.id)) == expected_rewards(5)
+
+
 def test_the_stream_carries_what_the_database_holds(bench: Bench) -> None:
     job = bench.make_job(steps=3)
 
