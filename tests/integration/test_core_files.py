@@ -14,7 +14,6 @@ from core.errors import (
     ArtifactNotFound,
     DomainError,
     FileExpired,
-    FileInUse,
     FileNotFound_,
     InvalidCursor,
     InvalidFilePurpose,
