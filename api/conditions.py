@@ -7,7 +7,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-_WAIT = re.compile(r"(?:^|[,;\s])wait=(\d{1,4})(?:$|[,;\s])", re.IGNORECASE)
+_WAIT = re.compile(r"(?:^|[,;\s])wait=([0-9]{1,4})(?:$|[,;\s])", re.IGNORECASE)
 MAX_WAIT_SECONDS = 60
 
 

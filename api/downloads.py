@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 from api.conditions import matches
 from api.errors import ApiError
 
-_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
+_RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,7 @@ HEARTBEAT = b": hb\n"
 """One line and no blank one: the `openai` client takes every blank line for a frame."""
 DONE = b"data: [DONE]\n\n"
 
-_FEED_ID = re.compile(r"(\d{1,9})-(\d{1,9})")
+_FEED_ID = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 Result = TypeVar("Result")
 

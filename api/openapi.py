@@ -84,12 +84,16 @@ def _build(app: FastAPI) -> Json:
         routes=app.routes,
     )
     components = built.setdefault("components", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        components.get("schemas", {}).pop(name, None)
     for model in (JobSpec, schemas.Problem):
         _add_schema(components.setdefault("schemas", {}), model)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in built["paths"].items():
         for operation in operations.values():
             operation["security"] = [] if path.startswith(PUBLIC_PATHS) else [{"key": []}]
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]  # FastAPI's own; ours are problems
     return built
 
 

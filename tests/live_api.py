@@ -60,6 +60,7 @@ def live_api(api_url: str, redis_url: str, folder: Path, **settings: Any) -> Ite
     )
     app = create_app(configured)
     server = make_server(app, configured)
+    logging_before = structlog.get_config()
     structlog.configure(
         processors=[structlog.processors.format_exc_info, structlog.processors.LogfmtRenderer()],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -80,7 +81,7 @@ def live_api(api_url: str, redis_url: str, folder: Path, **settings: Any) -> Ite
         server.should_exit = True
         thread.join(DEADLINE_SECONDS)
         listener.close()
-        structlog.reset_defaults()
+        structlog.configure(**logging_before)
     assert not thread.is_alive(), "the server did not stop"
 
 

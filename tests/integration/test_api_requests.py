@@ -386,12 +386,11 @@ def test_an_upload_is_repeated_by_what_it_holds(client: httpx2.Client) -> None:
     """Each try has a new multipart boundary; the digest is of the parsed parts."""
 
     def send(boundary: str, content: str, key: str) -> dict[str, Any]:
+        parts = [("purpose", "", "user_data"), ("file", '; filename="a"', content)]
         body = "".join(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{value}\r\n'
-            for name, more, value in (
-                ("purpose", "", "user_data"),
-                ("file", '; filename="a"', content),
-            )
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+            f"{value}\r\n"
+            for name, more, value in parts
         )
         headers = {
             "Content-Type": f"multipart/form-data; boundary={boundary}",
