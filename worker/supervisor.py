@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select
 from core import attempts, feed, files, models
 from core.attempts import Claim, Ended, JobError
 from core.db import Database
-from core.errors import AttemptLost, ModelNotFound, StoredFileCorrupt
+from core.errors import AttemptLost, ModelNotFound, NotFound, StoredFileCorrupt
 from core.events import NewClipPass, NewEvent, NewMetric, Report
 from core.files import StoredFile
 from core.ids import public_job_id
@@ -134,6 +134,8 @@ class Supervisor:
             return self._crash("broken_trainer", message=str(fault), exit_code=None)
         except Unusable as fault:
             return self._fail(fault.error, exit_code=None)
+        except NotFound as fault:  # perhaps a store that is not mounted here
+            return self._crash("input_missing", message=fault.message, exit_code=None)
         except OSError as fault:
             log.exception("attempt.io_failed")
             self._bury_trainer()

@@ -362,6 +362,17 @@ def test_a_damaged_training_file_fails_the_job(bench: Bench) -> None:
     assert (done.status, done.error_code) == (JobStatus.FAILED, "internal_error")
 
 
+def test_a_training_file_that_is_not_there_is_looked_for_again(bench: Bench) -> None:
+    job = bench.make_job(steps=2)
+    for key in bench.store.keys("files"):
+        bench.store.delete(key)
+
+    waiting = bench.run_job(job)
+
+    assert (waiting.status, waiting.crashes) == (JobStatus.QUEUED, 1)
+    assert bench.attempts(job.id)[0].end_reason == "input_missing"
+
+
 def files_of(bench: Bench, uri: str) -> set[str]:
     """What is stored below a checkpoint."""
     return {key.removeprefix(f"{uri}/") for key in bench.store.keys(uri)}
