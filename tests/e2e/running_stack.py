@@ -60,7 +60,8 @@ class RunningStack:
     def _is_ready(self) -> bool:
         output = (self.home / "up.log").read_text()
         assert self._process.poll() is None, output
-        return (self.home / "api-url").exists()
+        address = self.home / "api-url"  # one of a stack that was killed may lie there
+        return address.exists() and address.read_text().strip() == self.url
 
     def client(self) -> Client:
         return Client(self.url, (self.home / "api-key").read_text().strip())
