@@ -16,7 +16,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class Download:
     """Bytes that never change, and what is known about them."""
 
     filename: str
@@ -35,7 +35,7 @@ class Span:
     stop: int
 
 
-def download(request: Request, stored: Stored) -> Response:
+def download(request: Request, stored: Download) -> Response:
     """The whole (200), the one range asked for (206), or nothing new (304)."""
     headers = _headers(stored)
     if matches(request.headers.get("if-none-match"), headers["ETag"]):
@@ -54,7 +54,7 @@ def download(request: Request, stored: Stored) -> Response:
     return StreamingResponse(chunks, status, headers, media_type=stored.media_type)
 
 
-def _headers(stored: Stored) -> dict[str, str]:
+def _headers(stored: Download) -> dict[str, str]:
     digest = base64.b64encode(bytes.fromhex(stored.sha256)).decode()
     return {
         "ETag": f'"sha256-{stored.sha256}"',
@@ -65,7 +65,7 @@ def _headers(stored: Stored) -> dict[str, str]:
     }
 
 
-def _wanted(request: Request, stored: Stored, etag: str) -> Span | None:
+def _wanted(request: Request, stored: Download, etag: str) -> Span | None:
     """The range to send; None for the whole."""
     text = request.headers.get("range")
     if text is None or request.headers.get("if-range", etag) != etag:

@@ -66,7 +66,6 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "invalid_idempotency_key": _bad(
         "The Idempotency-Key header is malformed", "Use 1 to 255 visible ASCII characters."
     ),
-    "invalid_header": _bad("A header is malformed", "Correct the header named in `detail`."),
     "method_not_supported": _bad(
         "This training method is not offered", "Use `ppo`, the method this server offers."
     ),
@@ -79,8 +78,12 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "job_not_found": _missing("No such fine-tuning job"),
     "checkpoint_not_found": _missing("No such checkpoint"),
     "artifact_not_found": _missing("No such artifact"),
-    "error_not_found": _missing("No such error code"),
-    "unknown_url": _missing("No such address"),
+    "error_not_found": ErrorCode(
+        status=404, title="No such error code", remedy="See the table in docs/api.md."
+    ),
+    "unknown_url": ErrorCode(
+        status=404, title="No such address", remedy="See `GET /v1/openapi.json` for all addresses."
+    ),
     "invalid_file_purpose": _bad(
         "The file was uploaded for another purpose", "Upload it again with purpose `fine-tune`."
     ),
@@ -168,12 +171,6 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     "too_many_streams": ErrorCode(
         status=429, title="Too many open streams", remedy="Close one of the open streams first."
-    ),
-    "rate_limit_exceeded": ErrorCode(
-        status=429,
-        title="Too many requests",
-        remedy="Wait as long as `Retry-After` says.",
-        is_permanent=False,
     ),
     "internal_error": ErrorCode(
         status=500,

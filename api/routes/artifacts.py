@@ -7,7 +7,7 @@ from starlette.responses import Response
 from api import schemas
 from api.conditions import tagged
 from api.deps import Api, JobsReader, Nothing, Services
-from api.downloads import Stored, download
+from api.downloads import Download, download
 from api.openapi import bytes_answer, errors_of
 from api.routes.jobs import find_job
 from api.views import manifest_view
@@ -89,7 +89,7 @@ def artifact_download(
     """The bytes of an artifact."""
     return download(
         request,
-        Stored(
+        Download(
             filename=filename,
             media_type=found.media_type,
             num_bytes=found.bytes,

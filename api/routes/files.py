@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Request
 from sqlalchemy import Connection
 from starlette.responses import Response, StreamingResponse
@@ -14,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from api import schemas
 from api.conditions import tagged
 from api.deps import Api, FilesReader, FilesWriter, Nothing, Services
-from api.downloads import Stored, download
+from api.downloads import Download, download
 from api.errors import ApiError
 from api.idempotency import identify, once
 from api.openapi import bytes_answer, errors_of, query_parameters, upload_body
@@ -29,7 +30,10 @@ from core.errors import DomainError, FileNotFound_
 from core.files import TRAINING_PURPOSE, StoredFile
 from core.ids import file_id_of, public_file_id
 from core.keys import Caller
+from core.storage import Stored
 from ppo_engine.rows import RowReport, check_prompt_file
+
+log = structlog.get_logger()
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -79,7 +83,7 @@ def _store(
 ) -> schemas.File:
     """Bytes first, then the row: a row means that the bytes are complete."""
     key = f"files/{caller.tenant_id}/{uuid.uuid4().hex}"
-    stored = services.store.put(key, upload.chunks())
+    stored = _put(services, key, upload)
     try:
         row = files.add(
             tx,
@@ -101,6 +105,16 @@ def _store(
         services.store.delete(key)
         raise
     return file_view(row)
+
+
+def _put(services: Services, key: str, upload: Upload) -> Stored:
+    try:
+        return services.store.put(key, upload.chunks())
+    except OSError as error:
+        log.error("upload.not_stored", reason=error.strerror)  # noqa: TRY400  no stack needed
+        raise ApiError(
+            "storage_unavailable", "The file could not be stored.", headers={"Retry-After": "30"}
+        ) from None
 
 
 def _status(report: RowReport | None) -> files.FileStatus:
@@ -204,7 +218,7 @@ def get_content(
         return artifact_download(request, services, found, found.path.rpartition("/")[2])
     return download(
         request,
-        Stored(
+        Download(
             filename=found.filename,
             media_type="application/octet-stream",  # whatever it is, browsers do not run it
             num_bytes=found.bytes,

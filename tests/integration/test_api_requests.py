@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -238,6 +239,24 @@ def test_without_redis_jobs_are_taken(
 
     assert job["status"] == "queued"
     assert (ready["status"], ready["redis"]) == ("ready", "unavailable")
+
+
+def test_without_its_store_an_upload_leaves_nothing(
+    servers: Servers, api_url: str, tmp_path: Path, tenant: Tenant
+) -> None:
+    (tmp_path / "artifacts").write_text("a file stands where the folder should be")
+    with (
+        live_api(api_url, servers.redis_url, tmp_path) as running,
+        running.client(tenant) as client,
+    ):
+        answer = client.post(
+            "/v1/files", files={"file": ("a", b"x")}, data={"purpose": "user_data"}
+        )
+        listed = client.get("/v1/files").json()["data"]
+
+    assert (answer.status_code, code_of(answer)) == (503, "storage_unavailable")
+    assert str(tmp_path) not in answer.text
+    assert listed == []
 
 
 def test_an_old_schema_is_not_ready(

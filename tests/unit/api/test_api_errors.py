@@ -85,4 +85,4 @@ def test_only_a_wait_makes_409_and_429_worth_a_retry() -> None:
         if about.status in (409, 429) and not about.is_permanent
     }
 
-    assert passing == {"idempotency_in_progress", "rate_limit_exceeded"}
+    assert passing == {"idempotency_in_progress"}
