@@ -40,7 +40,7 @@ def test_a_response_ends_with_its_first_stop_token(tiny_model):
         assert (answer[-1] == stop) != bool(samples.is_truncated[row])
         stopped += answer[-1] == stop
 
-    assert 0 < stopped
+    assert stopped > 0
 
 
 def test_padding_is_never_a_real_token_though_it_equals_the_stop_token(tiny_model):
