@@ -287,9 +287,9 @@ def _tail(histogram: Histogram, sign: str, bound: float, *, above: bool) -> _Tai
     """Sums over the tokens of one sign strictly beyond the bound."""
     whole: list[Bin] = []
     split: list[Bin] = []
-    at = single(bound) if math.isfinite(bound) else bound
+    at = single(bound)
     for each in histogram.bins(sign):
-        left, right = single(each.low), single(each.high) if each.high < math.inf else math.inf
+        left, right = single(each.low), single(each.high)
         if left >= at if above else right <= at:
             whole.append(each)
         elif left < at < right:
