@@ -167,9 +167,8 @@ class Workspace:
             )
             for file in manifest.files
         ]
-        adapter = [file.path for file in manifest.files if file.role == ADAPTER_ROLE]
         tar = self.folder / ADAPTER_PATH
-        write_tar(tar, folder, adapter)
+        write_tar(tar, folder / ADAPTER_FOLDER)
         table = self.folder / METRICS_PATH
         table.write_text(metrics_table(curves), encoding="utf-8")
         return [
@@ -229,16 +228,14 @@ def metrics_table(curves: Iterable[MetricPoint]) -> str:
     return text.getvalue()
 
 
-def write_tar(target: Path, folder: Path, paths: Iterable[str]) -> None:
-    """The adapter's files at the root of a ustar archive: same files, same bytes."""
+def write_tar(target: Path, folder: Path) -> None:
+    """The folder's files at the root of a ustar archive: same files, same bytes."""
     with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for path in sorted(paths):
-            name = PurePosixPath(path)
-            inside = name.relative_to(ADAPTER_FOLDER) if ADAPTER_FOLDER in name.parents else name
-            entry = tarfile.TarInfo(str(inside))
-            entry.size = (folder / path).stat().st_size
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            entry.size = path.stat().st_size
             entry.mode = 0o644
-            with (folder / path).open("rb") as content:
+            with path.open("rb") as content:
                 archive.addfile(entry, content)
 
 

@@ -61,3 +61,4 @@ def test_a_job_trains_a_real_adapter(bench: Bench) -> None:
         assert config is not None
         assert json.load(config)["peft_type"] == "LORA"
         assert archive.getmember("adapter_model.safetensors").size > 0
+        assert {"README.md", "tokenizer.json", "chat_template.jinja"} <= set(archive.getnames())

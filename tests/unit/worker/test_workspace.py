@@ -23,27 +23,29 @@ def point(step: int, **values: float | None) -> MetricPoint:
 
 
 def test_the_same_files_make_the_same_archive(tmp_path: Path) -> None:
-    names = ("adapter/b.json", "adapter/a/deep.bin")
+    names = ("b.json", "a/deep.bin")
     digests = set()
 
     for turn in ("one", "two"):
-        folder = folder_with(tmp_path / turn, *names)
-        write_tar(tmp_path / f"{turn}.tar", folder, reversed(names) if turn == "two" else names)
+        written = reversed(names) if turn == "two" else names
+        folder = folder_with(tmp_path / turn, *written)
+        write_tar(tmp_path / f"{turn}.tar", folder)
         digests.add(hashlib.sha256((tmp_path / f"{turn}.tar").read_bytes()).hexdigest())
 
     assert len(digests) == 1
 
 
 def test_the_archive_has_the_adapter_at_its_root(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path / "final", "adapter/b.json", "adapter/a/deep.bin", "card.md")
+    folder = folder_with(tmp_path / "adapter", "b.json", "a/deep.bin", "README.md")
 
-    write_tar(tmp_path / "x.tar", folder, ["adapter/b.json", "adapter/a/deep.bin", "card.md"])
+    write_tar(tmp_path / "x.tar", folder)
 
     with tarfile.open(tmp_path / "x.tar") as archive:
-        assert archive.getnames() == ["a/deep.bin", "b.json", "card.md"]
+        assert archive.getnames() == ["README.md", "a/deep.bin", "b.json"]
+        assert {entry.mode for entry in archive.getmembers()} == {0o644}
         content = archive.extractfile("b.json")
         assert content is not None
-        assert content.read() == b"adapter/b.json"
+        assert content.read() == b"b.json"
 
 
 def test_a_table_has_a_column_for_every_name() -> None:
