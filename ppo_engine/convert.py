@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def _load(gguf: Path) -> tuple[Any, Any]:
         where = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:  # as torn files go
         raise InvalidConfig(f"{gguf.name} cannot be read as GGUF: {error}", param="gguf") from error
     # The weights are plain fp32 by now; with the quantizer left in place `save_pretrained` refuses.
     del model.hf_quantizer

@@ -232,6 +232,8 @@ class Stack:
         """
         api = [child for child in self._children if child.name == "api"]
         others = [child for child in self._children if child.name != "api"]
+        if others:
+            self._tell("stopping; running trainers save their state first")
         try:
             _end(others, within=_SAVE_SECONDS)
             _end(api, within=_API_SECONDS)

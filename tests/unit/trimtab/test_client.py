@@ -148,6 +148,15 @@ def test_a_stream_that_stays_away_is_given_up() -> None:
         list(client_of(Answers(*[httpx2.ConnectError("refused")] * 99)).stream("j"))
 
 
+def test_a_stream_that_is_cut_often_but_goes_on_is_not_given_up() -> None:
+    cuts = [
+        httpx2.Response(200, content=frames({"type": "metrics", "id": f"1-{n}"})) for n in range(40)
+    ]
+    last = httpx2.Response(200, content=frames({"type": "end", "id": "1-40"}))
+
+    assert len(list(client_of(Answers(*cuts, last)).stream("j"))) == 41
+
+
 def test_a_refused_stream_is_an_error_at_once() -> None:
     with pytest.raises(ApiError, match="job_not_found"):
         list(
