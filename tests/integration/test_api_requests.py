@@ -13,7 +13,7 @@ from sqlalchemy import text
 from core import keys
 from core.db import Database
 from core.ids import job_id_of
-from tests.conftest import Servers, as_role, new_database
+from tests.conftest import Servers, as_role, new_database, opened
 from tests.factories import Tenant, make_tenant
 from tests.live_api import LiveApi, create_job, job_body, live_api
 
@@ -259,13 +259,26 @@ def test_without_its_store_an_upload_leaves_nothing(
     assert listed == []
 
 
-def test_an_old_schema_is_not_ready(
-    servers: Servers, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def readiness(url: str, servers: Servers, folder: Path) -> httpx2.Response:
+    as_api = as_role(url, "trimtab_api", servers.api_password)
+    with live_api(as_api, servers.redis_url, folder) as running:
+        return httpx2.get(f"{running.base_url}/readyz")
+
+
+def test_without_tables_the_api_is_not_ready(servers: Servers, tmp_path: Path) -> None:
     with new_database(servers.owner_url) as empty:
-        url = as_role(empty, "trimtab_api", servers.api_password)
-        with live_api(url, servers.redis_url, tmp_path_factory.mktemp("old")) as running:
-            answer = httpx2.get(f"{running.base_url}/readyz")
+        answer = readiness(empty, servers, tmp_path)
+
+    assert (answer.status_code, answer.json()["schema"]) == (503, "outdated")
+
+
+def test_with_another_schema_the_api_is_not_ready(
+    servers: Servers, migrated_template: str, tmp_path: Path
+) -> None:
+    with new_database(servers.owner_url, template=migrated_template) as url:
+        with opened(url) as owner, owner.begin() as tx:
+            tx.execute(text("update alembic_version set version_num = 'older'"))
+        answer = readiness(url, servers, tmp_path)
 
     assert (answer.status_code, answer.json()["schema"]) == (503, "outdated")
 

@@ -216,6 +216,18 @@ def test_a_resume_hides_what_it_replaced(run: Run) -> None:
     assert len(events) == 6
 
 
+def test_after_a_resume_the_job_shows_the_step_it_goes_on_from(
+    run: Run, client: httpx2.Client
+) -> None:
+    run.tell(*(metric(n, n, reward_mean=float(n)) for n in range(1, 6)))
+    run.restart(resumed_from=3)
+
+    shown = client.get(run.url).json()
+
+    assert shown["latest"]["step"] == 3
+    assert (shown["attempt"], shown["resumed_from_step"]) == (2, 3)
+
+
 def test_thinning_keeps_the_spikes(run: Run) -> None:
     values = [0.0] * 50
     values[17], values[31] = 9.0, -9.0
