@@ -41,9 +41,7 @@ def convert_gguf(
         }
         (scratch / "model.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
         for file in scratch.iterdir():
-            file.chmod(
-                0o644
-            )  # transformers leaves the weights at 0600: no other user could read them
+            file.chmod(0o644)  # transformers leaves large weights at 0600, for no other user
         shutil.rmtree(out, ignore_errors=True)
         scratch.replace(out)
     finally:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -108,7 +109,11 @@ def test_a_converted_model_says_what_it_is(gguf: Path, tmp_path: Path) -> None:
 
 
 def test_other_users_may_read_a_converted_model(gguf: Path, tmp_path: Path) -> None:
-    out = convert_gguf(gguf, tmp_path / "out", model_id="o/small")
+    before = os.umask(0o077)
+    try:
+        out = convert_gguf(gguf, tmp_path / "out", model_id="o/small")
+    finally:
+        os.umask(before)
 
     assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o644}
 
