@@ -14,7 +14,15 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, select, true
 from core import jobs, models
 from core.artifacts import ADAPTER_PATH, METRICS_PATH
 from core.events import FeedItem
-from core.feed import ClipPass, MetricPoint, is_visible
+from core.feed import (
+    ClipPass,
+    MetricPoint,
+    clip_pass,
+    event_item,
+    is_visible,
+    metric_item,
+    metric_point,
+)
 from core.rows import Job, job_of
 from core.states import JobStatus
 
@@ -72,16 +80,7 @@ def _recent_metrics(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, list[Metr
     rows = tx.execute(select(last).select_from(job).join(last, true()).where(job.c.id.in_(ids)))
     found: dict[UUID, list[MetricPoint]] = defaultdict(list)
     for row in rows:
-        found[row.job_id].append(
-            MetricPoint(
-                attempt=row.attempt,
-                line=row.line,
-                seq=row.seq,
-                step=row.step,
-                at=row.at,
-                values=row._asdict()["values"],
-            )
-        )
+        found[row.job_id].append(metric_point(row))
     return found
 
 
@@ -132,11 +131,11 @@ def feed_page(
     found: list[list[FeedItem]] = []
     if where.type != "metrics":
         rows = _by_seq(tx, events, conditions, after=after, limit=limit, order=order)
-        found.append([_event_item(row) for row in rows])
+        found.append([event_item(row) for row in rows])
     if where.type != "message" and where.code is None and where.level in (None, "info"):
         conditions = [metrics.c.job_id == job_id]
         rows = _by_seq(tx, metrics, conditions, after=after, limit=limit, order=order)
-        found.append([_metric_item(row) for row in rows])
+        found.append([metric_item(row) for row in rows])
     ordered = merge(*found, key=lambda item: item.seq, reverse=order == "desc")
     return list(islice(ordered, limit))
 
@@ -155,33 +154,6 @@ def _by_seq(
     if after is not None:
         statement = statement.where(seq < after if order == "desc" else seq > after)
     return tx.execute(statement.order_by(seq.desc() if order == "desc" else seq)).all()
-
-
-def _event_item(row: Row[Any]) -> FeedItem:
-    return FeedItem(
-        job_id=row.job_id,
-        seq=row.seq,
-        attempt=row.attempt,
-        kind="event",
-        at=row.at,
-        step=row.step,
-        data=row.data,
-        level=row.level,
-        code=row.code,
-        message=row.message,
-    )
-
-
-def _metric_item(row: Row[Any]) -> FeedItem:
-    return FeedItem(
-        job_id=row.job_id,
-        seq=row.seq,
-        attempt=row.attempt,
-        kind="metrics",
-        at=row.at,
-        step=row.step,
-        data=row._asdict()["values"],
-    )
 
 
 Place = tuple[int, int]
@@ -248,17 +220,7 @@ def clip_passes_at(
     )
     found: dict[Place, list[ClipPass]] = defaultdict(list)
     for row in rows:
-        found[row.attempt, row.step].append(
-            ClipPass(
-                attempt=row.attempt,
-                line=row.line,
-                step=row.step,
-                epoch=row.epoch,
-                minibatch=row.minibatch,
-                values=row._asdict()["values"],
-                histogram=row.histogram,
-            )
-        )
+        found[row.attempt, row.step].append(clip_pass(row))
     return found
 
 

@@ -1,19 +1,17 @@
 """Reading what a job told: its feed in order, and the curves without what a resume made void."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, FromClause, Select, literal, select
+from sqlalchemy import ColumnElement, Connection, FromClause, Row, Select, literal, select
 
 from core import models
 from core.events import FeedItem
 
 _event = models.job_event.c
 _metric = models.metric.c
-_pass = models.clip_pass.c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,30 +51,8 @@ def after(tx: Connection, job_id: UUID, seq: int, *, limit: int = 500) -> list[F
         .where(_metric.job_id == job_id, _metric.seq > seq, _metric.seq <= seq + limit)
         .order_by(_metric.seq)
     ).all()
-    items = [*map(_event_item, events), *map(_metric_item, metrics)]
+    items = [*map(event_item, events), *map(metric_item, metrics)]
     return sorted(items, key=lambda item: item.seq)
-
-
-def before(
-    tx: Connection, job_id: UUID, seq: int | None, *, limit: int, codes: Sequence[str] = ()
-) -> list[FeedItem]:
-    """The newest items numbered below `seq` (None: from the end), newest first.
-
-    With `codes` only events of these kinds.
-    """
-    events = select(models.job_event).where(_event.job_id == job_id)
-    metrics = select(models.metric).where(_metric.job_id == job_id)
-    if seq is not None:
-        events, metrics = events.where(_event.seq < seq), metrics.where(_metric.seq < seq)
-    if codes:
-        events = events.where(_event.code.in_(codes))
-    found = [
-        _event_item(row) for row in tx.execute(events.order_by(_event.seq.desc()).limit(limit))
-    ]
-    if not codes:
-        newest = tx.execute(metrics.order_by(_metric.seq.desc()).limit(limit))
-        found += [_metric_item(row) for row in newest]
-    return sorted(found, key=lambda item: item.seq, reverse=True)[:limit]
 
 
 def metrics(
@@ -85,59 +61,7 @@ def metrics(
     """The visible values, by step."""
     statement = _visible(models.metric, job_id, from_step, to_step)
     rows = tx.execute(statement.order_by(_metric.step, _metric.attempt, _metric.line)).all()
-    return [
-        MetricPoint(
-            attempt=row.attempt,
-            line=row.line,
-            seq=row.seq,
-            step=row.step,
-            at=row.at,
-            values=row._asdict()["values"],
-        )
-        for row in rows
-    ]
-
-
-def latest_metric(tx: Connection, job_id: UUID) -> MetricPoint | None:
-    """The visible values of the last step."""
-    statement = _visible(models.metric, job_id, None, None)
-    row = tx.execute(
-        statement.order_by(_metric.step.desc(), _metric.attempt.desc(), _metric.line.desc()).limit(
-            1
-        )
-    ).one_or_none()
-    if row is None:
-        return None
-    return MetricPoint(
-        attempt=row.attempt,
-        line=row.line,
-        seq=row.seq,
-        step=row.step,
-        at=row.at,
-        values=row._asdict()["values"],
-    )
-
-
-def clip_passes(
-    tx: Connection, job_id: UUID, *, from_step: int | None = None, to_step: int | None = None
-) -> list[ClipPass]:
-    """The visible clip statistics, by step, epoch and minibatch."""
-    statement = _visible(models.clip_pass, job_id, from_step, to_step)
-    rows = tx.execute(
-        statement.order_by(_pass.step, _pass.attempt, _pass.epoch, _pass.minibatch)
-    ).all()
-    return [
-        ClipPass(
-            attempt=row.attempt,
-            line=row.line,
-            step=row.step,
-            epoch=row.epoch,
-            minibatch=row.minibatch,
-            values=row._asdict()["values"],
-            histogram=row.histogram,
-        )
-        for row in rows
-    ]
+    return [metric_point(row) for row in rows]
 
 
 def is_visible(table: FromClause) -> ColumnElement[bool]:
@@ -166,7 +90,8 @@ def _visible(
     return statement
 
 
-def _event_item(row: Any) -> FeedItem:
+def event_item(row: Row[Any]) -> FeedItem:
+    """A row of `job_event` as a client sees it."""
     return FeedItem(
         job_id=row.job_id,
         seq=row.seq,
@@ -181,7 +106,8 @@ def _event_item(row: Any) -> FeedItem:
     )
 
 
-def _metric_item(row: Any) -> FeedItem:
+def metric_item(row: Row[Any]) -> FeedItem:
+    """A row of `metric` as a client sees it."""
     return FeedItem(
         job_id=row.job_id,
         seq=row.seq,
@@ -190,4 +116,29 @@ def _metric_item(row: Any) -> FeedItem:
         at=row.at,
         step=row.step,
         data=row._asdict()["values"],
+    )
+
+
+def metric_point(row: Row[Any]) -> MetricPoint:
+    """A row of `metric` as a point of the curves."""
+    return MetricPoint(
+        attempt=row.attempt,
+        line=row.line,
+        seq=row.seq,
+        step=row.step,
+        at=row.at,
+        values=row._asdict()["values"],
+    )
+
+
+def clip_pass(row: Row[Any]) -> ClipPass:
+    """A row of `clip_pass`."""
+    return ClipPass(
+        attempt=row.attempt,
+        line=row.line,
+        step=row.step,
+        epoch=row.epoch,
+        minibatch=row.minibatch,
+        values=row._asdict()["values"],
+        histogram=row.histogram,
     )

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
-from core import files, jobs, keys
+from core import feed, files, jobs, keys, models
 from core.attempts import Claim, NewArtifact, NewCheckpoint, claim
 from core.db import Database
 from core.events import NewClipPass, NewMetric
@@ -159,3 +159,14 @@ def artifact(path: str = "adapter.tar", role: str = "adapter") -> NewArtifact:
         sha256=DIGEST,
         bytes=10,
     )
+
+
+def visible_passes(tx: Connection, job_id: UUID) -> list[feed.ClipPass]:
+    """The clip statistics of a job that no resume made void, by step, epoch and minibatch."""
+    table = models.clip_pass
+    rows = tx.execute(
+        select(table)
+        .where(table.c.job_id == job_id, feed.is_visible(table))
+        .order_by(table.c.step, table.c.epoch, table.c.minibatch)
+    )
+    return [feed.clip_pass(row) for row in rows]

@@ -11,14 +11,14 @@ import pytest
 import redis
 from sqlalchemy import update
 
-from core import attempts, feed, models
+from core import attempts, models
 from core.db import Database
 from core.dispatch import feed_key
 from core.events import feed_payload
 from core.rows import Job
 from core.states import JobStatus
 from core.storage import sha256_of
-from tests.factories import Tenant
+from tests.factories import Tenant, visible_passes
 from tests.fakes.bench import (
     Bench,
     assert_no_holes,
@@ -98,7 +98,7 @@ def test_every_pass_keeps_its_histogram(bench: Bench) -> None:
     bench.run_job(job)
 
     with bench.database.begin() as tx:
-        passes = feed.clip_passes(tx, job.id)
+        passes = visible_passes(tx, job.id)
     assert [(one.step, one.epoch, one.minibatch) for one in passes] == [(1, 0, 0), (2, 0, 0)]
     assert all(len(one.histogram) == 4 * 24 for one in passes)
 
