@@ -255,6 +255,13 @@ def test_a_log_ratio_beyond_the_bound_is_counted() -> None:
     assert report.values["log_ratio_abs_max"] == pytest.approx(25)
 
 
+def test_a_log_ratio_at_the_bound_is_not_counted() -> None:
+    batch = of_ratios([1.0], [1.0])
+    batch["logprobs"] = batch["old_logprobs"] + 20
+
+    assert measured(batch).values["log_ratio_clamped_count"] == 0
+
+
 def test_what_is_not_finite_becomes_null() -> None:
     batch = tokens()
     row, column = batch["response_mask"].nonzero()[0]

@@ -236,6 +236,42 @@ def texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def test_nesting_up_to_the_limit_is_fine() -> None:
+    inner = MAX_NESTING - 1
+
+    report = checked(b'{"prompt": "a", "n": ' + b"[" * inner + b"]" * inner + b"}")
+
+    assert report.valid
+
+
+def test_places_are_exact() -> None:
+    packed = gzip.compress(b'{"prompt": "a"}\n' * 3)
+
+    (utf8,) = checked({"prompt": "a"}, b'{"prompt": "caf\xe9"}').errors
+    (broken,) = check_prompt_file(io.BytesIO(packed[:-4])).errors
+
+    assert "byte 16 of" in utf8.message
+    assert broken.line == 4
+
+
+def test_the_middle_length_is_not_exceeded_by_half_of_the_rows() -> None:
+    report = checked({"prompt": "a"}, {"prompt": "abc"})
+
+    assert report.stats["prompt_chars"] == {"p50": 1, "p95": 3, "max": 3}
+
+
+def test_what_a_report_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, limit in (("MAX_KEYS", 2), ("MAX_COMPARED_ROWS", 1), ("MAX_FAULTS", 1)):
+        monkeypatch.setattr(f"ppo_engine.rows.{name}", limit)
+    first, second = {"prompt": "a", "b": 1, "c": 2}, {"prompt": "other"}
+
+    report = checked(first, second, second, first, first)
+
+    assert report.stats["keys"] == {"prompt": 5, "b": 3}
+    assert report.stats["duplicates"] == 2
+    assert [warning.line for warning in report.warnings] == [4]
+
+
 def test_the_excerpt_shows_the_place() -> None:
     report = checked(b'{"prompt": "' + b"a" * 5000 + b'" oops')
 
