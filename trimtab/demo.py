@@ -18,7 +18,7 @@ from rich.text import Text
 from trimtab import model_cache
 from trimtab.client import Client
 from trimtab.errors import Cancelled, Failed, TrimtabError
-from trimtab.home import Home
+from trimtab.home import Home, command
 from trimtab.stack import SECRETS, Stack
 from trimtab.views import (
     Comparison,
@@ -153,7 +153,7 @@ class Demo:
         for line in (
             f"The adapter: {adapter} (load it with peft.PeftModel.from_pretrained)",
             f"The job, the evaluation and all digests lie beside it in {self.out.absolute()}",
-            "Start the service for real: trimtab up",
+            f"Start the service for real: {command('up')}",
         ):
             say(Text(line), soft_wrap=True)
 

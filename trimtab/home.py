@@ -1,6 +1,8 @@
-"""Where Trimtab keeps its state on this machine, and what lies where in it."""
+"""Where Trimtab is on this machine: its state, what lies where in it, and its command."""
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,3 +61,11 @@ def models_folder(environment: Mapping[str, str] | None = None) -> Path:
     if chosen := variables.get("TRIMTAB_MODELS"):
         return Path(chosen).expanduser().absolute()
     return Home.from_environment(variables).models
+
+
+def command(words: str) -> str:
+    """How to type one of our commands here: with its path where the shell would not find it."""
+    program = Path(sys.argv[0])
+    if program.name != "trimtab" or shutil.which("trimtab") == str(program.absolute()):
+        return f"trimtab {words}"
+    return f"{program} {words}"

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from trimtab.demo import SHIPPED, Demo
 from trimtab.errors import WrongUsage
-from trimtab.home import Home, models_folder
-from trimtab.model_cache import Tell
+from trimtab.home import Home, command, models_folder
+from trimtab.model_cache import DEMO_MODEL, Tell, entries
 from trimtab.stack import Stack, ending_signals
 
 INTERRUPTED = 130
@@ -86,12 +86,13 @@ def _teller(console: Console) -> Tell:
 
 def _welcome(stack: Stack, home: Home) -> list[str]:
     """URL, key file and the next command."""
+    fetch = f"  {command('models fetch ' + DEMO_MODEL)}   (no model is here yet)"
     return [
         f"Trimtab is up at {stack.url}",
         f"API key file: {home.key_file}",
         "",
         "Next, in another terminal:",
-        "  trimtab models fetch smollm2-135m-instruct   (once)",
+        *([] if entries(models_folder()) else [fetch]),
         f'  export TRIMTAB_API_KEY="$(cat {home.key_file})"',
         f'  curl -H "Authorization: Bearer $TRIMTAB_API_KEY" {stack.url}/v1/models',
         "",
