@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -32,6 +33,11 @@ _TAR = "adapter.tar"
 _JOBS = "/v1/fine_tuning/jobs"
 
 
+def is_local(url: str) -> bool:
+    """Whether a URL names this machine; no proxy of the environment may see what goes there."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
 class Client:
     """A connection to one server with one key; use it in a `with` block."""
 
@@ -49,6 +55,7 @@ class Client:
             headers={"Authorization": f"Bearer {api_key}"},
             timeout=httpx2.Timeout(60.0, connect=5.0),
             transport=transport,
+            trust_env=not is_local(base_url),
         )
 
     def __enter__(self) -> Self:

@@ -204,7 +204,11 @@ class Stack:
 
     def _accepts(self, key: str) -> bool:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx2.get(f"{self.url}/v1/models", headers=headers).status_code == 200
+        return self._ask("/v1/models", headers).status_code == 200
+
+    def _ask(self, path: str, headers: Mapping[str, str] | None = None) -> httpx2.Response:
+        """A GET to our own API, past any proxy of the environment."""
+        return httpx2.get(f"{self.url}{path}", headers=headers, timeout=5.0, trust_env=False)
 
     def _spawn(self, name: str, module: str, environment: Mapping[str, str]) -> None:
         log = self.home.logs / f"{name}.log"
@@ -221,7 +225,7 @@ class Stack:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/v1/readyz", timeout=5.0).status_code == 200
+            return self._ask("/v1/readyz").status_code == 200
         except httpx2.TransportError:
             return False
 

@@ -1,7 +1,9 @@
 import hashlib
 import json
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx2
 import pytest
@@ -263,3 +265,30 @@ def test_a_complete_part_is_taken(tmp_path: Path) -> None:
 def test_a_path_that_could_leave_the_folder_is_refused(path: str) -> None:
     with pytest.raises(Failed, match="not written"):
         safe_path(path)
+
+
+class OneModel(BaseHTTPRequestHandler):
+    """A server with an empty list, whatever it is asked."""
+
+    def do_GET(self) -> None:
+        body = b'{"object": "list", "data": [], "has_more": false}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_proxy_never_sees_what_goes_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens on the discard port
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneModel) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with Client(f"http://127.0.0.1:{server.server_port}", "sk-tt-1") as client:
+                assert client.jobs() == []
+        finally:
+            server.shutdown()
