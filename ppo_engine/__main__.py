@@ -9,6 +9,8 @@ import signal
 import stat
 import sys
 import threading
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -62,19 +64,21 @@ def main(arguments: list[str]) -> int:
     directory = RunDirectory(run.folder)
     try:
         code = _run(run, directory, stop_signal)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the outermost place: every fault becomes an exit
         failure = _as_engine_error(error)
-        directory.write_exit(failure.exit_code, failure.code, failure)
-        if failure is not error and type(failure) is EngineError:
-            raise  # our own bug: the trace belongs on stderr, where the supervisor keeps it
-        sys.stderr.write(f"{failure.code}: {failure}\n")
+        traceback.print_exception(error)  # stderr, which the supervisor keeps for the operator
+        with suppress(OSError):  # a full disk has no room for this either; the code still tells
+            directory.write_exit(failure.exit_code, failure.code, failure)
         return failure.exit_code
     directory.write_exit(code, "stopped" if code else "done")
     return code
 
 
 def _as_engine_error(error: Exception) -> EngineError:
-    """The fault in the engine's words; bare `EngineError` for what it did not foresee."""
+    """The fault in the engine's words; bare `EngineError` for what it did not foresee.
+
+    What libraries say may name folders of this machine, so it goes to the log and not to users.
+    """
     if isinstance(error, EngineError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -83,7 +87,10 @@ def _as_engine_error(error: Exception) -> EngineError:
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return DiskFull(f"a file could not be written: {error.strerror}")
-    return EngineError(f"{type(error).__name__}: {error}")
+    return EngineError(
+        f"the engine failed in a way it did not foresee ({type(error).__name__}); "
+        "the worker's log holds the trace"
+    )
 
 
 def _run(run: RunFile, directory: RunDirectory, stop_signal: StopSignal) -> int:

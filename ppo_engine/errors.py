@@ -2,6 +2,7 @@
 
 EngineError
 ├── InvalidConfig          64  the settings cannot work together
+├── ModelLoadFailed        64  the base model cannot be loaded
 ├── InvalidTrainingFile    65  a data row is not what it should be
 ├── RewardUnavailable      69  the reward service cannot be reached
 ├── RewardFailed           70  the reward raised, or answered with something that is no number
@@ -38,6 +39,13 @@ class InvalidConfig(EngineError):
     """The settings cannot work, alone or together."""
 
     code = "invalid_config"
+    exit_code = 64
+
+
+class ModelLoadFailed(EngineError):
+    """The base model's files cannot be loaded, or are of a kind that cannot be trained."""
+
+    code = "model_load_failed"
     exit_code = 64
 
 

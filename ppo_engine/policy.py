@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_engine.config import LoraConfig
-from ppo_engine.errors import InvalidConfig
+from ppo_engine.errors import InvalidConfig, ModelLoadFailed
 from ppo_engine.logprobs import token_logprobs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,9 +61,10 @@ class BaseModel:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise InvalidConfig(
-                f"the base model cannot be loaded: {error}", param="model"
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            # The cause names folders of this machine; it stays in the log.
+            raise ModelLoadFailed(
+                "the base model cannot be loaded; the worker's log says why", param="model"
             ) from error
         model.requires_grad_(requires_grad=False)
         model.eval()  # dropout off: equal tokens must get equal log-probabilities in every pass
@@ -77,7 +79,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = configured if isinstance(configured, list) else [configured]
     found = {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
     if not found:
-        raise InvalidConfig("the base model names no token that ends an answer", param="model")
+        raise ModelLoadFailed("the base model names no token that ends an answer", param="model")
     return tuple(sorted(found))
 
 

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from ppo_engine.errors import ModelLoadFailed
 from ppo_engine.policy import BaseModel
 from ppo_engine.sampling import Sampler, draw
 from tests.tiny_run import tiny_policy, tiny_prompts
@@ -120,14 +122,21 @@ def test_the_reference_ignores_the_adapter(tiny_model):
 
 
 def test_the_base_loads_no_pickle(tiny_model, tmp_path):
-    import pytest  # noqa: PLC0415 - beside its only use
-
-    from ppo_engine.errors import InvalidConfig  # noqa: PLC0415
-
     for path in tiny_model.iterdir():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
 
-    with pytest.raises(InvalidConfig, match="cannot be loaded"):
+    with pytest.raises(ModelLoadFailed, match="cannot be loaded"):
         BaseModel.load(tmp_path, precision="fp32", device="cpu")
+
+
+def test_a_damaged_model_is_refused_without_naming_its_folder(tiny_model, tmp_path):
+    for path in tiny_model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not a model")
+
+    with pytest.raises(ModelLoadFailed) as caught:
+        BaseModel.load(tmp_path, precision="fp32", device="cpu")
+
+    assert str(tmp_path) not in caught.value.message
