@@ -87,7 +87,7 @@ class Dispatcher:
             self._try(lambda: sweep(self._database, self._store))
 
     def _try(self, duty: Callable[[], object]) -> None:
-        """Do it unless Postgres or Redis is away; the next round comes soon."""
+        """Do it unless Postgres, Redis or the store is away; the next round comes soon."""
         try:
             duty()
         except (DatabaseUnavailable, OperationalError) as error:
@@ -96,6 +96,8 @@ class Dispatcher:
             self._next_reap = time.monotonic() + self._settings.lease_seconds
         except (BrokerUnavailable, redis.RedisError) as error:
             log.warning("broker.no_answer", error=type(error).__name__)
+        except OSError as error:
+            log.warning("store.no_answer", error=error.strerror)
 
     def ring(self) -> int:
         """Send the ids of waiting jobs; how many. Without Redis nothing counts as sent."""

@@ -1,7 +1,10 @@
 """Removes what a death left behind: stored files of attempts that no row names."""
 
 import contextlib
+import os
+import stat
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
@@ -36,6 +39,15 @@ def sweep(database: Database, store: ArtifactStore, *, kept_for: timedelta = KEP
     return len(orphans)
 
 
+def is_older(path: Path, moment: float) -> bool:
+    """Whether it is a file, no link, last written before the moment; a vanished one is not."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_mtime < moment
+
+
 def _attempt_of(folder: Path) -> Holder | None:
     """Whose folder it is, `<job>/attempt-<n>`; None for a name that is not ours."""
     number = folder.name.removeprefix("attempt-")
@@ -50,8 +62,7 @@ def _orphans(
     tx: Connection, root: Path, folder: Path, attempt: Holder, before: float
 ) -> list[Path]:
     """Old files of one attempt that neither an artifact nor a checkpoint names."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    old = [path for path in files if path.stat().st_mtime < before]
+    old = [path for path in _files(folder) if is_older(path, before)]
     if not old or _is_held(tx, attempt):
         return []
     table = models.artifact
@@ -64,6 +75,12 @@ def _orphans(
         for key, path in keys.items()
         if key not in named and not any(key.startswith(f"{uri}/") for uri in kept)
     ]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything below that is no folder; folders that vanish meanwhile are passed over."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
 
 
 def _is_held(tx: Connection, attempt: Holder) -> bool:

@@ -20,7 +20,7 @@ from tests.factories import Tenant, claim_job
 from tests.fakes.bench import Bench, open_bench
 from worker.dispatcher import RINGS_PER_SLOT, Dispatcher
 from worker.settings import DispatcherSettings
-from worker.sweep import sweep
+from worker.sweep import is_older, sweep
 
 LONG_AGO = time.time() - 48 * 3600
 
@@ -154,6 +154,20 @@ def test_a_live_lease_is_left_alone(bench: Bench, dispatcher: Dispatcher) -> Non
     dispatcher.reap()
 
     assert bench.job(job.id).status is JobStatus.RUNNING
+
+
+def test_a_store_that_cannot_be_read_does_not_end_the_dispatcher(bench: Bench) -> None:
+    job = bench.make_job(steps=1)
+    made = make_dispatcher(bench, artifacts=Path("/", "x" * 300))  # longer than a name may be
+
+    made.work()
+
+    assert bench.job(job.id).dispatched_at is not None
+    made.close()
+
+
+def test_a_file_that_is_gone_is_not_old(tmp_path: Path) -> None:
+    assert not is_older(tmp_path / "gone", time.time())
 
 
 def age(path: Path) -> Path:
