@@ -25,6 +25,11 @@ def now() -> Function[datetime]:
     return func.now()
 
 
+def first_line(error: Exception) -> str:
+    """What a log may say of a database error: the server's words without the statement."""
+    return str(error).partition("\n")[0]
+
+
 class Database:
     """A pool of connections; build it in the process that uses it, after any fork."""
 
@@ -43,6 +48,7 @@ class Database:
             max_overflow=0,
             pool_timeout=pool_timeout_seconds,
             pool_pre_ping=True,
+            hide_parameters=True,
             json_serializer=partial(json.dumps, allow_nan=False),
             connect_args={
                 "connect_timeout": 5,

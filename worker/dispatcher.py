@@ -17,7 +17,7 @@ from kombu.exceptions import OperationalError as BrokerUnavailable
 from sqlalchemy.exc import OperationalError
 
 from core import attempts, logs
-from core.db import Database
+from core.db import Database, first_line
 from core.dispatch import NOTIFY_CHANNEL, TASK_NAME
 from core.errors import DatabaseUnavailable
 from core.storage import ArtifactStore
@@ -91,7 +91,7 @@ class Dispatcher:
         try:
             duty()
         except (DatabaseUnavailable, OperationalError) as error:
-            log.warning("database.no_answer", error=str(error))
+            log.warning("database.no_answer", error=first_line(error))
             # Live workers could not extend their leases either: give them one.
             self._next_reap = time.monotonic() + self._settings.lease_seconds
         except (BrokerUnavailable, redis.RedisError) as error:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from core import attempts
 from core.attempts import NOTHING, Beat, Claim, NewArtifact, NewCheckpoint
-from core.db import Database
+from core.db import Database, first_line
 from core.errors import DatabaseUnavailable
 from core.events import FeedItem, Report
 from core.rows import Checkpoint
@@ -109,7 +109,7 @@ class Hold:
                 with self._database.begin() as tx:
                     return statement(tx)
             except NO_ANSWER as error:
-                log.warning("database.no_answer", error=str(error))
+                log.warning("database.no_answer", error=first_line(error))
             if self._is_told_to_go():
                 patience = patience or time.monotonic() + self._settings.pause_seconds
                 if time.monotonic() > patience:
@@ -137,7 +137,7 @@ class Hold:
             with self._database.begin() as tx:
                 beat = write(tx)
         except NO_ANSWER as error:
-            log.warning("database.no_answer", error=str(error))
+            log.warning("database.no_answer", error=first_line(error))
             return False
         self._last_beat = time.monotonic()
         self.stop_wanted = beat.stop_wanted

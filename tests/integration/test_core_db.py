@@ -5,7 +5,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from core import feed, models
-from core.db import Database, now
+from core.db import Database, first_line, now
 from core.errors import DatabaseUnavailable
 from tests.factories import Tenant, make_job
 
@@ -109,3 +109,11 @@ def test_the_feed_goes_on_in_pages(database: Database, tenant: Tenant) -> None:
         onwards = [item.seq for item in feed.after(tx, job.id, 2, limit=2)]
 
     assert onwards == [3, 4]
+
+
+def test_the_words_of_an_error_hold_no_values(database: Database) -> None:
+    with pytest.raises(DBAPIError) as caught, database.begin() as tx:
+        tx.execute(text("select 1 / (length(:said) - length(:said))"), {"said": "a secret"})
+
+    assert "a secret" not in str(caught.value)
+    assert first_line(caught.value) == "(psycopg.errors.DivisionByZero) division by zero"
