@@ -6,7 +6,6 @@ never followed.
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
@@ -51,6 +50,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def open_below(root: Path, name: str) -> BinaryIO:
+    """A regular file below a folder; ArtifactNotFound if there is none or a link is on the way."""
+    *folders, last = check_key(name)
+    folder = _open_folder(root)
+    try:
+        for part in folders:
+            folder = _step_into(folder, part)
+        return _reader(folder, last)
+    finally:
+        os.close(folder)
+
+
 class ArtifactStore:
     """Objects in a directory."""
 
@@ -70,30 +81,24 @@ class ArtifactStore:
             _move(path, target)
         return Stored(key=key, bytes=size, sha256=digest.hexdigest())
 
-    def put_file(self, key: str, source: Path, *, sha256: str | None = None) -> Stored:
-        """Store a copy of a regular file; StoredFileCorrupt if it has not the digest expected.
+    def put_file(self, key: str, folder: Path, name: str, *, sha256: str | None = None) -> Stored:
+        """Store a copy of the regular file `name` below a folder, reached without a link.
 
-        A copy, because whoever wrote the file may still hold it open.
+        StoredFileCorrupt if there is none or if it has not the digest expected.  A copy, because
+        whoever wrote the file may still hold it open.
         """
         target = self._path(key)
-        with _open_regular(source) as origin, self._incoming() as (path, stream):
+        with _source(folder, name) as origin, self._incoming() as (path, stream):
             digest, size = _copy(origin, stream)
             if sha256 is not None and digest != sha256:
-                raise StoredFileCorrupt(f"{source.name}: sha256 is {digest}, expected {sha256}")
+                raise StoredFileCorrupt(f"{name}: sha256 is {digest}, expected {sha256}")
             _sync(stream)
             _move(path, target)
         return Stored(key=key, bytes=size, sha256=digest)
 
     def open(self, key: str) -> BinaryIO:
         """The object, from its start; ArtifactNotFound if there is none."""
-        *folders, name = check_key(key)
-        folder = _open_folder(self.root)
-        try:
-            for part in folders:
-                folder = _step_into(folder, part)
-            return _reader(folder, name)
-        finally:
-            os.close(folder)
+        return open_below(self.root, key)
 
     def size(self, key: str) -> int:
         """Bytes of the object."""
@@ -179,22 +184,11 @@ def _copy(origin: BinaryIO, stream: BinaryIO) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    """A file to copy from; links, folders and devices are refused."""
+def _source(folder: Path, name: str) -> BinaryIO:
     try:
-        descriptor = os.open(path, _NO_LINKS | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise StoredFileCorrupt(f"{path.name} is a link") from None
-        raise
-    return _regular(descriptor, path.name)
-
-
-def _regular(descriptor: int, name: str) -> BinaryIO:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise StoredFileCorrupt(f"{name} is no regular file")
-    return os.fdopen(descriptor, "rb")
+        return open_below(folder, name)
+    except ArtifactNotFound:
+        raise StoredFileCorrupt(f"{name}: no regular file, or behind a link") from None
 
 
 def _open_folder(path: Path) -> int:

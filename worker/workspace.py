@@ -9,9 +9,10 @@ import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from core.errors import ArtifactNotFound, StoredFileCorrupt
 from core.feed import MetricPoint
 from core.files import StoredFile
 from core.rows import Checkpoint, Job
-from core.storage import ArtifactStore, Stored
+from core.storage import ArtifactStore, Stored, open_below
 from worker.errors import BrokenTrainer
 from worker.journal import CheckpointFolder, FinalFolder, SampleFile
 
@@ -126,8 +127,8 @@ class Workspace:
 
     def publish_checkpoint(self, told: CheckpointFolder) -> NewCheckpoint:
         """The checkpoint's files verified and stored, the manifest last."""
-        folder = self.folder / told.path
-        text = _manifest_text(folder, told.manifest_sha256)
+        folder = PurePosixPath(told.path)
+        text = self._manifest_text(folder, told.manifest_sha256)
         manifest = _parse(CheckpointManifest, text)
         if manifest.step != told.step:
             raise BrokenTrainer(f"{told.path} is of step {manifest.step}, not {told.step}")
@@ -136,14 +137,14 @@ class Workspace:
             self._put(f"{uri}/{path}", folder / path, described.sha256)
         self._put(f"{uri}/{MANIFEST}", folder / MANIFEST, told.manifest_sha256)
         size = len(text) + sum(described.bytes for described in manifest.files.values())
-        shutil.rmtree(folder)
+        shutil.rmtree(self.folder / folder)
         return NewCheckpoint(
             step=told.step, uri=uri, manifest_sha256=told.manifest_sha256, bytes=size
         )
 
     def publish_sample(self, told: SampleFile) -> NewArtifact:
         """A file of stored rollouts."""
-        stored = self._put(f"{self._prefix}/{told.path}", self.folder / told.path)
+        stored = self._put(f"{self._prefix}/{told.path}", PurePosixPath(told.path))
         return NewArtifact(
             path=told.path,
             role="sample",
@@ -155,8 +156,8 @@ class Workspace:
 
     def publish_result(self, told: FinalFolder, curves: Sequence[MetricPoint]) -> list[NewArtifact]:
         """All files of the result, the adapter as one tar, and the curves as a table."""
-        folder = self.folder / told.path
-        manifest = _parse(ResultManifest, _manifest_text(folder, told.manifest_sha256))
+        folder = PurePosixPath(told.path)
+        manifest = _parse(ResultManifest, self._manifest_text(folder, told.manifest_sha256))
         artifacts = [
             self._put_artifact(
                 file.path,
@@ -167,16 +168,20 @@ class Workspace:
             )
             for file in manifest.files
         ]
-        tar = self.folder / ADAPTER_PATH
-        write_tar(tar, folder / ADAPTER_FOLDER)
-        table = self.folder / METRICS_PATH
-        table.write_text(metrics_table(curves), encoding="utf-8")
+        write_tar(self._fresh(ADAPTER_PATH), self._store, _adapter_keys(artifacts))
+        with self._fresh(METRICS_PATH).open("x", encoding="utf-8") as table:
+            table.write(metrics_table(curves))
         return [
             *artifacts,
             self._put_artifact(
-                ADAPTER_PATH, tar, role=ADAPTER_ROLE, media_type="application/x-tar"
+                ADAPTER_PATH,
+                PurePosixPath(ADAPTER_PATH),
+                role=ADAPTER_ROLE,
+                media_type="application/x-tar",
             ),
-            self._put_artifact(METRICS_PATH, table, role="export", media_type="text/csv"),
+            self._put_artifact(
+                METRICS_PATH, PurePosixPath(METRICS_PATH), role="export", media_type="text/csv"
+            ),
         ]
 
     def unpublish_result(self) -> None:
@@ -196,7 +201,13 @@ class Workspace:
             shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def _put_artifact(
-        self, path: str, source: Path, *, role: str, media_type: str, sha256: str | None = None
+        self,
+        path: str,
+        source: PurePosixPath,
+        *,
+        role: str,
+        media_type: str,
+        sha256: str | None = None,
     ) -> NewArtifact:
         stored = self._put(f"{self._prefix}/result/{path}", source, sha256)
         return NewArtifact(
@@ -208,11 +219,27 @@ class Workspace:
             bytes=stored.bytes,
         )
 
-    def _put(self, key: str, source: Path, sha256: str | None = None) -> Stored:
+    def _put(self, key: str, source: PurePosixPath, sha256: str | None = None) -> Stored:
         try:
-            return self._store.put_file(key, source, sha256=sha256)
-        except (StoredFileCorrupt, ArtifactNotFound, FileNotFoundError) as fault:
-            raise BrokenTrainer(f"{key}: {fault}") from fault
+            return self._store.put_file(key, self.folder, source.as_posix(), sha256=sha256)
+        except (StoredFileCorrupt, ArtifactNotFound) as fault:
+            raise BrokenTrainer(fault.message) from fault
+
+    def _fresh(self, name: str) -> Path:
+        """Where a file of ours may be made; what the trainer left there, perhaps a link, goes."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        return path
+
+    def _manifest_text(self, folder: PurePosixPath, digest: str) -> bytes:
+        try:
+            with open_below(self.folder, (folder / MANIFEST).as_posix()) as stream:
+                text = stream.read(LONGEST_MANIFEST_BYTES)
+        except ArtifactNotFound as fault:
+            raise BrokenTrainer(f"{folder.name} has no manifest") from fault
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise BrokenTrainer(f"the manifest of {folder.name} is not the one announced")
+        return text
 
 
 def metrics_table(curves: Iterable[MetricPoint]) -> str:
@@ -228,31 +255,28 @@ def metrics_table(curves: Iterable[MetricPoint]) -> str:
     return text.getvalue()
 
 
-def write_tar(target: Path, folder: Path) -> None:
-    """The folder's files at the root of a ustar archive: same files, same bytes."""
-    with tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
-            entry.size = path.stat().st_size
+def write_tar(target: Path, store: ArtifactStore, keys: Mapping[str, str]) -> None:
+    """A new ustar archive of stored objects by their names in it: same objects, same bytes."""
+    with tarfile.open(target, "x", format=tarfile.USTAR_FORMAT) as archive:
+        for name, key in sorted(keys.items()):
+            entry = tarfile.TarInfo(name)
             entry.mode = 0o644
-            with path.open("rb") as content:
+            with store.open(key) as content:
+                entry.size = os.fstat(content.fileno()).st_size
                 archive.addfile(entry, content)
+
+
+def _adapter_keys(artifacts: Iterable[NewArtifact]) -> dict[str, str]:
+    """The keys of what lies below `adapter/`, by the path there."""
+    folder = f"{ADAPTER_FOLDER}/"
+    return {
+        one.path.removeprefix(folder): one.uri for one in artifacts if one.path.startswith(folder)
+    }
 
 
 def is_full(fault: OSError) -> bool:
     """Whether a disk or a quota was full."""
     return fault.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def _manifest_text(folder: Path, digest: str) -> bytes:
-    try:
-        with (folder / MANIFEST).open("rb") as stream:
-            text = stream.read(LONGEST_MANIFEST_BYTES)
-    except OSError as fault:
-        raise BrokenTrainer(f"{folder.name} has no manifest") from fault
-    if hashlib.sha256(text).hexdigest() != digest:
-        raise BrokenTrainer(f"the manifest of {folder.name} is not the one announced")
-    return text
 
 
 def _parse(kind: type[Manifest], text: bytes) -> Manifest:

@@ -71,7 +71,7 @@ def test_an_object_is_replaced_in_one_step(store: ArtifactStore) -> None:
 def test_a_copy_does_not_change_with_its_source(store: ArtifactStore, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"right")
-    store.put_file(KEY, source, sha256=sha256_of(source))
+    store.put_file(KEY, tmp_path, "source", sha256=sha256_of(source))
 
     with source.open("r+b") as still_open:
         still_open.write(b"wrong")
@@ -84,7 +84,7 @@ def test_a_file_of_the_wrong_digest_is_refused(store: ArtifactStore, tmp_path: P
     source.write_bytes(b"altered")
 
     with pytest.raises(StoredFileCorrupt, match="source"):
-        store.put_file(KEY, source, sha256="0" * 64)
+        store.put_file(KEY, tmp_path, "source", sha256="0" * 64)
 
     assert leftovers(store) == []
     with pytest.raises(ArtifactNotFound):
@@ -97,9 +97,11 @@ def test_links_folders_and_pipes_are_not_published(store: ArtifactStore, tmp_pat
     link.symlink_to(secret)
     os.mkfifo(pipe)
 
-    for odd in (link, pipe, tmp_path):
-        with pytest.raises(StoredFileCorrupt):
-            store.put_file(KEY, odd)
+    (tmp_path / "linked").symlink_to(tmp_path)
+
+    for odd in ("link", "pipe", "linked", "linked/secret", "gone"):
+        with pytest.raises(StoredFileCorrupt, match=odd):
+            store.put_file(KEY, tmp_path, odd)
 
 
 @pytest.mark.parametrize(
