@@ -116,16 +116,20 @@ class FeedFilter:
 
 def feed_page(
     tx: Connection,
-    job_id: UUID,
+    job: Job,
     *,
     after: int | None,
     limit: int,
     order: Order,
     where: FeedFilter,
 ) -> list[FeedItem]:
-    """Events and metrics of a job by number, beginning behind `after`."""
+    """Events and metrics of a job by number, beginning behind `after`.
+
+    The job is as the same transaction read it; what came later is left to a later page, since the
+    second of the two reads would see more of it than the first.
+    """
     events, metrics = models.job_event, models.metric
-    conditions = [events.c.job_id == job_id]
+    conditions = [events.c.job_id == job.id, events.c.seq <= job.last_seq]
     conditions += [events.c.level == where.level] if where.level else []
     conditions += [events.c.code == where.code] if where.code else []
     found: list[list[FeedItem]] = []
@@ -133,7 +137,7 @@ def feed_page(
         rows = _by_seq(tx, events, conditions, after=after, limit=limit, order=order)
         found.append([event_item(row) for row in rows])
     if where.type != "message" and where.code is None and where.level in (None, "info"):
-        conditions = [metrics.c.job_id == job_id]
+        conditions = [metrics.c.job_id == job.id, metrics.c.seq <= job.last_seq]
         rows = _by_seq(tx, metrics, conditions, after=after, limit=limit, order=order)
         found.append([metric_item(row) for row in rows])
     ordered = merge(*found, key=lambda item: item.seq, reverse=order == "desc")

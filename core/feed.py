@@ -41,14 +41,20 @@ class ClipPass:
 
 def after(tx: Connection, job_id: UUID, seq: int, *, limit: int = 500) -> list[FeedItem]:
     """Events and metrics numbered above `seq`, in order and without holes."""
+    # The last number first: each read below sees all that is committed by then, and what comes
+    # between the reads, which only the second would see, is left to the next call.
+    last_seq = tx.execute(
+        select(models.job.c.last_seq).where(models.job.c.id == job_id)
+    ).scalar_one_or_none()
+    end = min(seq + limit, last_seq or 0)
     events = tx.execute(
         select(models.job_event)
-        .where(_event.job_id == job_id, _event.seq > seq, _event.seq <= seq + limit)
+        .where(_event.job_id == job_id, _event.seq > seq, _event.seq <= end)
         .order_by(_event.seq)
     ).all()
     metrics = tx.execute(
         select(models.metric)
-        .where(_metric.job_id == job_id, _metric.seq > seq, _metric.seq <= seq + limit)
+        .where(_metric.job_id == job_id, _metric.seq > seq, _metric.seq <= end)
         .order_by(_metric.seq)
     ).all()
     items = [*map(event_item, events), *map(metric_item, metrics)]

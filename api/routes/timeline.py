@@ -44,7 +44,7 @@ def list_events(
         job = find_job(tx, job_id, caller)
         items = feed_page(
             tx,
-            job.id,
+            job,
             after=_after_event(job, query.after),
             limit=query.limit + 1,
             order=query.order,

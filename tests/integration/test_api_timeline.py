@@ -19,6 +19,7 @@ from ppo_engine.histogram import Histogram, histogram_edges
 from ppo_engine.reports import QUANTILES, PassReport, PassSums, quantile_name
 from tests.conftest import Servers
 from tests.factories import TTL, Tenant, claim_job, metric, stored_checkpoint
+from tests.integration.test_core_feed import after_reading_events
 from tests.live_api import LiveApi, create_job, live_api
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -238,6 +239,19 @@ def test_thinning_keeps_the_spikes(run: Run) -> None:
     assert body["thinned"] is True
     assert len(body["steps"]) <= 8
     assert {9.0, -9.0} <= set(body["series"]["reward_mean"])
+
+
+def test_a_page_of_events_passes_over_nothing_told_meanwhile(run: Run, api: LiveApi) -> None:
+    """An event and the metrics behind it, committed between the two reads of one page."""
+    engine = api.services.database.engine
+    news = NewEvent(code=EventCode.SELF_CHECK_PASSED, message="fine", step=1, line=1)
+
+    with after_reading_events(engine, lambda: run.tell(news, metric(2, 1))):
+        first = run.get("events?order=asc")
+    rest = run.get(f"events?order=asc&after={first['last_id']}")
+
+    assert [each["seq"] for each in first["data"]] == [1, 2]
+    assert [each["seq"] for each in rest["data"]] == [3, 4]
 
 
 def test_metrics_as_csv(run: Run, client: httpx2.Client) -> None:

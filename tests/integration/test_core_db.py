@@ -4,7 +4,7 @@ from psycopg import sql
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
-from core import feed, models
+from core import models
 from core.db import Database, first_line, now
 from core.errors import DatabaseUnavailable
 from tests.factories import Tenant, make_job
@@ -88,27 +88,6 @@ def test_a_statement_has_a_time_limit(api_url: str) -> None:
 def test_json_that_is_none_is_refused(database: Database, tenant: Tenant) -> None:
     with database.begin() as tx, pytest.raises(Exception, match="JSON compliant"):
         make_job(tx, tenant, warnings=[{"x": float("nan")}])
-
-
-def test_the_feed_goes_on_in_pages(database: Database, tenant: Tenant) -> None:
-    with database.begin() as tx:
-        job = make_job(tx, tenant)
-        for number in range(2, 7):
-            tx.execute(
-                models.job_event.insert().values(
-                    job_id=job.id,
-                    seq=number,
-                    tenant_id=job.tenant_id,
-                    attempt=0,
-                    level="info",
-                    code="guard.fired",
-                    message="",
-                )
-            )
-
-        onwards = [item.seq for item in feed.after(tx, job.id, 2, limit=2)]
-
-    assert onwards == [3, 4]
 
 
 def test_the_words_of_an_error_hold_no_values(database: Database) -> None:
