@@ -444,9 +444,13 @@ def tag_of(directory: Path) -> str:
 
 
 def stop_left_over(server: Server, *, stop_signal: signal.Signals) -> None:
-    """End every process of a former server of this data directory; return when none is left."""
-    for sent in (stop_signal, signal.SIGKILL):
-        for pid in left_over(server):
+    """End every process of a former server of this data directory; return when none is left.
+
+    Only the main process is asked to stop; it ends its children in order.  A child that gets the
+    signal of its own may end in a way that the main process takes for a crash.
+    """
+    for sent, find in ((stop_signal, _main_left_over), (signal.SIGKILL, left_over)):
+        for pid in find(server):
             log.warning("left_over.stopped name=%s pid=%s signal=%s", server.name, pid, sent)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sent)
@@ -461,20 +465,38 @@ def stop_left_over(server: Server, *, stop_signal: signal.Signals) -> None:
 
 
 def left_over(server: Server) -> list[int]:
-    """Pids of the server's processes that nobody waits for.
+    """Pids of the server's processes that nobody waits for."""
+    return [process.pid for process in _left_over(server)]
 
-    They are told by title and user: a pid noted in a file may long belong to somebody else, and
-    root in a container may not look at more than that.
+
+def _main_left_over(server: Server) -> list[int]:
+    """Those among them that are no children of the server: Postgres puts a colon behind theirs."""
+    return [
+        process.pid
+        for process in _left_over(server)
+        if not _first_word(process.title).endswith(":")
+    ]
+
+
+def _left_over(server: Server) -> list["Process"]:
+    """The server's processes, told by title and user.
+
+    A pid noted in a file may long belong to somebody else, and root in a container may not look at
+    more than that.
     """
     tag = tag_of(server.directory)
     listed = _processes() if sys.platform == "linux" else _processes_by_ps()
     return [
-        process.pid
+        process
         for process in listed
         if process.uid == server.uid
         and tag in process.title
-        and server.program_name in process.title.split(maxsplit=1)[0]
+        and server.program_name in _first_word(process.title)
     ]
+
+
+def _first_word(title: str) -> str:
+    return title.split(maxsplit=1)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
