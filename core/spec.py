@@ -121,7 +121,7 @@ class PpoHyperparameters(Model):
     target_kl_per_sequence: float = Field(6.0, gt=0, le=1000)
     """What the adaptive controller aims at, in nats per response."""
     kl_horizon: int = Field(10_000, ge=1)
-    """Responses over which the controller would double or halve `kl_coef`; fewer react faster."""
+    """Responses over which the controller moves `kl_coef` by about a fifth; fewer react faster."""
     target_kl: float | None = Field(0.02, gt=0, le=10)
     """Old-to-current divergence per token at 1.5 times which a step's passes end; null: never."""
     gamma: float = Field(1.0, gt=0, le=1)
@@ -447,6 +447,17 @@ def _combinations(spec: JobSpec) -> Iterator[Fault]:
         detail = f"dual_clip must be above 1 + {side} = {1 + upper:g}, got {ppo.dual_clip:g}"
         yield Fault(f"{_PPO}/dual_clip", "invalid_combination", detail)
         yield Fault(f"{_PPO}/{side}", "invalid_combination", detail)
+    if ppo.kl_controller == "adaptive" and ppo.kl_horizon < ppo.batch_size:
+        detail = (
+            f"an adaptive coefficient needs a kl_horizon of at least batch_size "
+            f"({ppo.batch_size}), got {ppo.kl_horizon}: it could jump past zero"
+        )
+        yield Fault(f"{_PPO}/kl_horizon", "invalid_combination", detail)
+        yield Fault(f"{_PPO}/batch_size", "invalid_combination", detail)
+    if ppo.kl_controller == "adaptive" and ppo.kl_coef == 0:
+        detail = "an adaptive kl_coef cannot start at 0, where it would stay; give a positive one"
+        yield Fault(f"{_PPO}/kl_controller", "invalid_combination", detail)
+        yield Fault(f"{_PPO}/kl_coef", "invalid_combination", detail)
     if None not in (spec.seed, ppo.seed) and spec.seed != ppo.seed:
         detail = f"two seeds: {spec.seed} for the job, {ppo.seed} in its hyperparameters; give one"
         yield Fault("/seed", "conflicting_parameters", detail)

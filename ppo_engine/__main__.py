@@ -5,6 +5,7 @@ Exit codes: `errors.py`.  Everything else it has to say goes into the run direct
 
 import errno
 import os
+import re
 import signal
 import stat
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ppo_engine.answers import load_adapter, sample_answers, write_comparison
@@ -28,10 +30,14 @@ from ppo_engine.graders.catalog import build_grader
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
 from ppo_engine.prompts import EncodedPrompt, load_prompts
 from ppo_engine.reports import EngineEvent, StepReport
-from ppo_engine.run_directory import RunDirectory, RunFile
+from ppo_engine.run_directory import RunDirectory, RunFile, write_exit
 from ppo_engine.trainer import Trainer
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(rf"os error ({'|'.join(map(str, _DISK_ERRORS))})\b")
+"""How safetensors, written in Rust, words the same."""
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+"""PyTorch has no exception of its own for a CPU's memory, only these words."""
 
 
 @dataclass(slots=True)
@@ -54,24 +60,27 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m ppo_engine RUN.json\n")
         return InvalidConfig.exit_code
     _die_with_parent()
-    stop_signal = StopSignal()
-    stop_signal.listen()
     try:
         run = RunFile.load(Path(arguments[0]))
     except InvalidConfig as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    directory = RunDirectory(run.folder)
     try:
-        code = _run(run, directory, stop_signal)
+        code = _run(run)
     except Exception as error:  # noqa: BLE001 - the outermost place: every fault becomes an exit
-        failure = _as_engine_error(error)
         traceback.print_exception(error)  # stderr, which the supervisor keeps for the operator
-        with suppress(OSError):  # a full disk has no room for this either; the code still tells
-            directory.write_exit(failure.exit_code, failure.code, failure)
-        return failure.exit_code
-    directory.write_exit(code, "stopped" if code else "done")
-    return code
+        return _end(run, _as_engine_error(error))
+    return _end(run, code)
+
+
+def _end(run: RunFile, end: int | EngineError) -> int:
+    """Write how it ended.  A full disk has no room for that either; then the code alone tells."""
+    with suppress(OSError):
+        if isinstance(end, EngineError):
+            write_exit(run.folder, end.exit_code, end.code, end)
+        else:
+            write_exit(run.folder, end, "stopped" if end else "done")
+    return end.exit_code if isinstance(end, EngineError) else end
 
 
 def _as_engine_error(error: Exception) -> EngineError:
@@ -81,29 +90,34 @@ def _as_engine_error(error: Exception) -> EngineError:
     """
     if isinstance(error, EngineError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error):
         return OutOfMemory(
             "memory ran out; lower micro_batch_size, max_response_tokens or max_prompt_tokens"
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return DiskFull(f"a file could not be written: {error.strerror}")
+    if isinstance(error, SafetensorError) and _OS_ERROR.search(str(error)):
+        return DiskFull("a file could not be written: no space left")
     return EngineError(
         f"the engine failed in a way it did not foresee ({type(error).__name__}); "
         "the worker's log holds the trace"
     )
 
 
-def _run(run: RunFile, directory: RunDirectory, stop_signal: StopSignal) -> int:
+def _run(run: RunFile) -> int:
     transformers_logging.disable_progress_bar()
     if run.device == "cpu":
         torch.use_deterministic_algorithms(mode=True)  # resumed runs are to be bit-identical
     if run.kind == "train":
-        return _train(run, directory, stop_signal)
+        return _train(run)
     _sample(run)
     return 0
 
 
-def _train(run: RunFile, directory: RunDirectory, stop_signal: StopSignal) -> int:
+def _train(run: RunFile) -> int:
+    stop_signal = StopSignal()
+    stop_signal.listen()
+    directory = RunDirectory(run.folder)
     config = TrainConfig.from_dict(run.content["config"])
     trainer = _make_trainer(run, config)
     if (saved := run.path(run.content["resume_from"])) is not None:
@@ -112,7 +126,7 @@ def _train(run: RunFile, directory: RunDirectory, stop_signal: StopSignal) -> in
     for report in trainer.steps():
         directory.write_step(report)
         reports = [*reports[:1], report]
-        request = "pause" if stop_signal.is_set else directory.stop_request()
+        request = directory.stop_request() or ("pause" if stop_signal.is_set else None)
         is_last = report.step == config.total_steps
         if request == "cancel":
             return STOPPED_EXIT_CODE
@@ -136,6 +150,9 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
     return Trainer(policy, scorer, train, config, seed=run.seed, validation=validation)
 
 
+_FILES = {"train": "training_file", "validation": "validation_file"}
+
+
 def _load_base(run: RunFile, precision: str) -> BaseModel:
     return BaseModel.load(run.folder / run.base_model.path, precision=precision, device=run.device)
 
@@ -146,7 +163,9 @@ def _load_prompts(
     path = run.path(run.content["data"].get(name))
     if path is None:
         return []
-    return load_prompts(path, base.tokenizer, max_prompt_tokens=max_prompt_tokens)
+    return load_prompts(
+        path, base.tokenizer, max_prompt_tokens=max_prompt_tokens, param=_FILES[name]
+    )
 
 
 def _resume(trainer: Trainer, checkpoint: Path, directory: RunDirectory) -> None:
@@ -205,6 +224,8 @@ def _sample(run: RunFile) -> None:
 
 def _die_with_parent() -> None:
     """If stdin is a pipe, its end means that the supervisor is gone: exit at once."""
+    if sys.stdin is None:  # closed by whoever started us
+        return
     descriptor = sys.stdin.fileno()
     if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return

@@ -82,7 +82,7 @@ def write_comparison(
         row["base"] = _rows(base, index)
         row["adapter"] = [] if adapter is None else _rows(adapter, index)
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "answers.jsonl").write_text("".join(lines))
+    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
     summary: dict[str, Any] = {
         "prompts": len(prompts),
         "samples_per_prompt": base.scores.shape[1],

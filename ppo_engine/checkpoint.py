@@ -21,7 +21,6 @@ from torch import Tensor
 from ppo_engine.errors import InvalidConfig
 from ppo_engine.export import BaseModelRef, read_adapter, write_adapter
 from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, write_json
-from ppo_engine.policy import Policy
 from ppo_engine.trainer import Progress, Trainer
 
 _ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,7 +37,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, base_model: BaseModelRef) ->
         write_json(temporary / "state.json", _state(trainer))
         manifest = {
             "step": trainer.progress.step,
-            "environment": environment(trainer.policy),
+            "environment": environment(trainer),
             "files": {
                 name: {
                     "sha256": sha256_of(temporary / name),
@@ -61,7 +60,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
         trainer.generators[name].set_state(tensor)
     _restore_state(trainer, json.loads((folder / "state.json").read_text()))
     _restore_optimizer(trainer, load_file(folder / "optimizer.safetensors"))
-    now = environment(trainer.policy)
+    now = environment(trainer)
     return {
         name: {"saved": saved, "now": now.get(name)}
         for name, saved in manifest["environment"].items()
@@ -69,7 +68,7 @@ def restore_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
     }
 
 
-def environment(policy: Policy) -> dict[str, Any]:
+def environment(trainer: Trainer) -> dict[str, Any]:
     """What bit-identical results depend on."""
     return {
         "python": platform.python_version(),
@@ -77,7 +76,9 @@ def environment(policy: Policy) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "safetensors": safetensors.__version__,
-        "device": policy.device.type,
+        "device": trainer.policy.device.type,
+        "precision": trainer.config.precision,
+        "micro_batch_size": trainer.config.micro_batch_size,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "world_size": 1,

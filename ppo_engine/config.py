@@ -21,6 +21,27 @@ class LossAggregation(StrEnum):
     SEQUENCE_MEAN_TOKEN_SUM_NORM = "sequence_mean_token_sum_norm"  # noqa: S105 - not a password
 
 
+_COUNTS = (
+    "kl_horizon",
+    "batch_size",
+    "epochs",
+    "minibatches",
+    "total_steps",
+    "micro_batch_size",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "checkpoint_interval",
+    "eval_interval",
+    "eval_samples",
+)
+_CHOICES = {
+    "kl_controller": ("fixed", "adaptive"),
+    "reward_scaling": ("none", "running_std"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "precision": ("fp32", "bf16"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
     """Which linear layers get a low-rank adapter, and how large it is."""
@@ -52,7 +73,7 @@ class TrainConfig:
     target_kl_per_sequence: float
     """Target of the adaptive controller, in nats per response, to the reference."""
     kl_horizon: int
-    """Episodes over which the adaptive controller would double or halve β; fewer react faster."""
+    """Episodes over which the adaptive controller moves β by about a fifth; fewer react faster."""
     target_kl: float | None
     """Old-to-current KL per token at 1.5 times which a step's passes end; None: never."""
     gamma: float
@@ -120,18 +141,30 @@ class TrainConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := sorted(names ^ set(fields)):
             raise InvalidConfig(f"missing or unknown settings: {', '.join(wrong)}", param=wrong[0])
-        lora = dict(fields["lora"])
-        modules = lora["target_modules"]
-        lora["target_modules"] = modules if modules == "auto" else tuple(modules)
-        aggregation = LossAggregation(fields["loss_aggregation"])
-        return cls(**{**fields, "lora": LoraConfig(**lora), "loss_aggregation": aggregation})
+        try:
+            lora = dict(fields["lora"])
+            modules = lora["target_modules"]
+            lora["target_modules"] = modules if modules == "auto" else tuple(modules)
+            aggregation = LossAggregation(fields["loss_aggregation"])
+            return cls(**{**fields, "lora": LoraConfig(**lora), "loss_aggregation": aggregation})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidConfig(f"the settings cannot be read: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The same settings as plain JSON types."""
         return dataclasses.asdict(self)
 
     def __post_init__(self) -> None:
-        """Refuse settings that contradict each other."""
+        """Refuse settings that make no sense, alone or together."""
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise InvalidConfig(f"{name} must be 1 or more", param=name)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidConfig(f"{name} must be one of {', '.join(allowed)}", param=name)
+        if self.temperature <= 0:
+            raise InvalidConfig("temperature must be positive", param="temperature")
+        self._check_kl_controller()
         if not 0 < self.clip_low < 1:
             raise InvalidConfig(
                 f"clip_low must lie in (0, 1), got {self.clip_low}", param="clip_low"
@@ -149,6 +182,21 @@ class TrainConfig:
             raise InvalidConfig(
                 f"minibatches ({self.minibatches}) must divide batch_size ({self.batch_size})",
                 param="minibatches",
+            )
+
+    def _check_kl_controller(self) -> None:
+        """The factor 1 + clip(e, ±.2)·n/horizon must stay positive, with a β to act on."""
+        if self.kl_controller != "adaptive":
+            return
+        if self.kl_horizon < self.batch_size:
+            raise InvalidConfig(
+                f"kl_horizon ({self.kl_horizon}) must not be below batch_size ({self.batch_size}), "
+                "or the KL coefficient could jump past zero",
+                param="kl_horizon",
+            )
+        if self.kl_coef == 0:
+            raise InvalidConfig(
+                "an adaptive KL coefficient cannot start at 0, where it would stay", param="kl_coef"
             )
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from ppo_engine.errors import InvalidConfig
 from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, write_json
 from ppo_engine.policy import Policy
 
@@ -48,7 +49,10 @@ def write_adapter(policy: Policy, folder: Path, base_model: BaseModelRef) -> Non
 
 def read_adapter(policy: Policy, folder: Path) -> None:
     """Put stored LoRA weights into the policy's adapter."""
-    set_peft_model_state_dict(policy.model, load_file(folder / ADAPTER_WEIGHTS))
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    if sorted(weights) != sorted(get_peft_model_state_dict(policy.model)):
+        raise InvalidConfig("the stored adapter has other layers than this run", param="lora")
+    set_peft_model_state_dict(policy.model, weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ def export_result(
         adapter = temporary / "adapter"
         write_adapter(policy, adapter, base_model)
         policy.base.tokenizer.save_pretrained(adapter)
-        (adapter / "README.md").write_text(_card(base_model, summary, step=step))
+        (adapter / "README.md").write_text(_card(base_model, summary, step=step), encoding="utf-8")
         training = temporary / "training"
         training.mkdir()
         write_json(

@@ -17,7 +17,8 @@ MANIFEST = "manifest.json"
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well.
 
-    Everything is on the disk before the rename, so a crash leaves the old state or the new one.
+    Everything is on the disk before the rename, so a crash leaves no half of it.  A folder that
+    was there before is moved aside, then deleted.
     """
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
@@ -26,10 +27,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             _sync(path)
         _sync(temporary)
+        old = folder.with_name(f"{temporary.name}-old")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         os.replace(temporary, folder)  # noqa: PTH105 - the fault tests wrap this call
         _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -45,7 +48,7 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Indented, keys sorted: the same content is the same bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,11 +67,25 @@ class BaseModel:
             raise ModelLoadFailed(
                 "the base model cannot be loaded; the worker's log says why", param="model"
             ) from error
+        _refuse_scaled_logits(model.config)
         model.requires_grad_(requires_grad=False)
         model.eval()  # dropout off: equal tokens must get equal log-probabilities in every pass
         stop_ids = _stop_ids(model, tokenizer)
         pad_id = stop_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         return cls(model=model, tokenizer=tokenizer, stop_ids=stop_ids, pad_id=pad_id)
+
+
+def _refuse_scaled_logits(config: Any) -> None:
+    """Refuse models that do more to their logits than one matrix product.
+
+    They would be sampled from another distribution than their own.
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ModelLoadFailed(
+                f"models with {name} are not supported: their output head scales its scores",
+                param="model",
+            )
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -140,6 +155,10 @@ class Policy(CausalPolicy):
                 f"the adapter does not fit the model: {error}", param="lora.target_modules"
             ) from error
         self.model.eval()
+        if isinstance(self.model.get_base_model().get_output_embeddings(), BaseTunerLayer):
+            raise InvalidConfig(
+                "the output head cannot carry an adapter; leave it out", param="lora.target_modules"
+            )
         super().__init__(base, self.model, temperature=temperature)
         self.value_head = nn.Linear(self._output.weight.shape[1], 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from ppo_engine.errors import InvalidTrainingFile
 from ppo_engine.rows import Prompt, read_prompts
@@ -23,21 +24,36 @@ class EncodedPrompt:
     """Its tokens, the opening of the assistant's turn included."""
 
 
-def load_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int) -> list[EncodedPrompt]:
-    """All prompts of a JSONL file; a prompt that is too long is an error, never cut silently."""
+def load_prompts(
+    path: Path, tokenizer: Any, *, max_prompt_tokens: int, param: str = "training_file"
+) -> list[EncodedPrompt]:
+    """All prompts of a JSONL file; a prompt that is too long is an error, never cut silently.
+
+    `param` names the file in errors.
+    """
+    try:
+        return _load(path, tokenizer, max_prompt_tokens)
+    except InvalidTrainingFile as error:
+        raise InvalidTrainingFile(f"{param}, {error.message}", param=param) from error
+
+
+def _load(path: Path, tokenizer: Any, max_prompt_tokens: int) -> list[EncodedPrompt]:
     prompts = []
     with path.open("rb") as file:
         for line, prompt in read_prompts(file):
-            token_ids = _encode(prompt, tokenizer)
+            try:
+                token_ids = _encode(prompt, tokenizer)
+            except TemplateError as error:
+                message = f"line {line}: the model's chat template refuses it: {error}"
+                raise InvalidTrainingFile(message) from error
             if len(token_ids) > max_prompt_tokens:
                 raise InvalidTrainingFile(
                     f"line {line}: the prompt has {len(token_ids)} tokens, more than "
-                    f"max_prompt_tokens = {max_prompt_tokens}; shorten it or raise the limit",
-                    param="method.ppo.hyperparameters.max_prompt_tokens",
+                    f"max_prompt_tokens = {max_prompt_tokens}; shorten it or raise the limit"
                 )
             prompts.append(EncodedPrompt(prompt=prompt, line=line, token_ids=token_ids))
     if not prompts:
-        raise InvalidTrainingFile("the file holds no prompts", param="training_file")
+        raise InvalidTrainingFile("it holds no prompts")
     return prompts
 
 

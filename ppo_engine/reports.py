@@ -29,6 +29,11 @@ def _add_log(first: float, second: float) -> float:
     return high if math.isinf(high) else high + math.log1p(math.exp(low - high))
 
 
+def _largest(first: float, second: float) -> float:
+    """The larger one; NaN if one is: Python's `max` may hide it."""
+    return math.nan if math.isnan(first) or math.isnan(second) else max(first, second)
+
+
 def _merged_by(rule: Callable[[float, float], float], start: float) -> Any:
     return field(default=start, metadata={"rule": rule})
 
@@ -51,13 +56,13 @@ class PassSums:
     """Σρ²."""
     ratio_min: float = _merged_by(min, math.inf)
     """Smallest ρ."""
-    ratio_max: float = _merged_by(max, -math.inf)
+    ratio_max: float = _merged_by(_largest, -math.inf)
     """Largest ρ."""
     log_sequence_ratio: float = _merged_by(_add_log, -math.inf)
     """ln Σ_i exp(Σ_t d): sum of the sequences' ratios, as a logarithm because it may be huge."""
     log_sequence_ratio_square: float = _merged_by(_add_log, -math.inf)
     """ln Σ_i exp(2·Σ_t d)."""
-    log_ratio_abs_max: float = _merged_by(max, 0.0)
+    log_ratio_abs_max: float = _merged_by(_largest, 0.0)
     """Largest |d| before it was bounded."""
     log_ratio_clamped: int = 0
     """Tokens whose |d| was beyond the bound."""

@@ -20,6 +20,14 @@ from ppo_engine.folders import write_json
 from ppo_engine.reports import EngineEvent, PassReport, StepReport
 
 PROTOCOL_VERSION = 1
+_NEEDED = {
+    "train": ("data", "config", "reward", "resume_from"),
+    "sample": (
+        *("data", "adapter", "reward", "samples_per_prompt", "precision"),
+        *("max_prompt_tokens", "max_response_tokens", "temperature"),
+    ),
+}
+"""What each kind of run must find in its file, besides what all have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +49,17 @@ class RunFile:
     def load(cls, path: Path) -> Self:
         """The checked file; `InvalidConfig` says what is wrong with it."""
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             if content["protocol_version"] != PROTOCOL_VERSION:
                 raise InvalidConfig(
                     f"run.json speaks protocol {content['protocol_version']}, "
                     f"this engine {PROTOCOL_VERSION}",
                     param="protocol_version",
                 )
-            if content["kind"] not in ("train", "sample"):
+            if content["kind"] not in _NEEDED:
                 raise InvalidConfig(f"unknown kind of run: {content['kind']}", param="kind")
+            for name in _NEEDED[content["kind"]]:
+                content[name]  # what is missing is told now, not in the middle of the run
             return cls(
                 kind=content["kind"],
                 job_id=content["job_id"],
@@ -60,7 +70,7 @@ class RunFile:
                 folder=path.parent / content["out"],
                 content=content,
             )
-        except (OSError, json.JSONDecodeError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise InvalidConfig(f"run.json cannot be read: {error}") from error
         except KeyError as error:
             raise InvalidConfig(f"run.json lacks {error}", param=str(error.args[0])) from error
@@ -118,13 +128,6 @@ class RunDirectory:
         self._write("final", step, path=name, manifest_sha256=manifest_sha256)
         os.fsync(self._file.fileno())
 
-    def write_exit(self, code: int, reason: str, error: EngineError | None = None) -> None:
-        """The last file: how the run ended."""
-        told = error and {"code": error.code, "message": error.message, "param": error.param}
-        temporary = self._folder / "exit.json.tmp"
-        write_json(temporary, {"code": code, "reason": reason, "error": told})
-        temporary.replace(self._folder / "exit.json")
-
     def _write_pass(self, step: int, report: PassReport) -> None:
         self._write(
             "clip",
@@ -148,6 +151,14 @@ class RunDirectory:
         line = {"line": self._line, "kind": kind, "step": step, "at": time.time(), **content}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+
+
+def write_exit(folder: Path, code: int, reason: str, error: EngineError | None = None) -> None:
+    """The last file of a run directory: how the run ended."""
+    told = error and {"code": error.code, "message": error.message, "param": error.param}
+    temporary = folder / "exit.json.tmp"
+    write_json(temporary, {"code": code, "reason": reason, "error": told})
+    temporary.replace(folder / "exit.json")
 
 
 def _json_numbers(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Formulas come from `losses`, statistics from `clip_stats`; here they are put tog
 one denominator per optimizer step, and turned into weights.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -119,11 +120,12 @@ class Updater:
         kl_stop = None
         for epoch, minibatch, rows in self._walks(len(rollout.scores), generator):
             report, parts = self._pass(rollout, rows, epoch=epoch, minibatch=minibatch)
-            passes.append(report)
             losses.append((parts.policy.item(), parts.value.item()))
             kl_stop = self._kl_stop(report)
             if kl_stop is not None:
+                passes.append(dataclasses.replace(report, skipped=True))
                 break
+            passes.append(report)
             self._step(report)
         self._optimizer.zero_grad()
         policy_losses, value_losses = zip(*losses, strict=True)

@@ -44,7 +44,31 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_line(base, tmp_path):
     with pytest.raises(InvalidTrainingFile, match="line 2: the prompt has 103 tokens") as caught:
         load_prompts(path, base.tokenizer, max_prompt_tokens=64)
 
-    assert caught.value.param == "method.ppo.hyperparameters.max_prompt_tokens"
+    assert caught.value.param == "training_file"
+
+
+def test_a_fault_names_the_file_it_is_in(base, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"prompt"\n')
+
+    with pytest.raises(InvalidTrainingFile, match="validation_file, line 2: not JSON") as caught:
+        load_prompts(
+            tmp_path / "bad.jsonl", base.tokenizer, max_prompt_tokens=64, param="validation_file"
+        )
+
+    assert caught.value.param == "validation_file"
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_told_with_its_line(base, tmp_path):
+    path = _file(tmp_path, {"prompt": "fine"}, {"messages": [{"role": "tool", "content": "x"}]})
+    template, base.tokenizer.chat_template = (
+        base.tokenizer.chat_template,
+        "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}",
+    )
+    try:
+        with pytest.raises(InvalidTrainingFile, match=r"line 2: .* no tools"):
+            load_prompts(path, base.tokenizer, max_prompt_tokens=64)
+    finally:
+        base.tokenizer.chat_template = template
 
 
 def test_a_file_without_prompts_is_refused(base, tmp_path):

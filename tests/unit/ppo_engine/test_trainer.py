@@ -113,6 +113,7 @@ def test_target_kl_ends_the_passes_and_drops_the_gradient_that_went_too_far(tiny
     assert trainer.optimizer.state[head]["step"] == len(report.passes) - 1
     assert [event.code for event in report.events] == ["guard.fired"]
     assert report.events[0].data["epoch"] == stopped.epoch
+    assert [p.skipped for p in report.passes] == [False] * (len(report.passes) - 1) + [True]
 
 
 def test_without_a_target_kl_no_pass_is_left_out(tiny_model):
