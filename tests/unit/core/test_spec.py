@@ -355,6 +355,22 @@ def test_two_seeds_contradict_each_other() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "sides"),
+    [
+        ({"kl_horizon": 31, "batch_size": 32}, ("/kl_horizon", "/batch_size")),
+        ({"kl_coef": 0}, ("/kl_controller", "/kl_coef")),
+    ],
+)
+def test_an_adaptive_coefficient_must_be_able_to_adapt(
+    given: dict[str, Any], sides: tuple[str, str]
+) -> None:
+    faults = faults_of(spec_dict(kl_controller="adaptive", **given))
+
+    assert pairs(faults) == {(side, "invalid_combination") for side in sides}
+    assert parse_spec(spec_dict(kl_controller="fixed", **given))
+
+
 def test_prompt_and_response_must_fit_the_context() -> None:
     spec = parse_spec(spec_dict(max_prompt_tokens=1000, max_response_tokens=25))
 
