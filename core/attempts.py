@@ -39,6 +39,9 @@ from core.states import FINAL, HELD, JobStatus, Phase, StopWanted
 MAX_CRASHES = 3
 """So many crashes without a new checkpoint in between end a job."""
 
+TOO_MANY_CRASHES = "too_many_crashes"
+"""The job's error after them, unless the last one has a better name."""
+
 FIRST_BACKOFF = timedelta(seconds=5)
 """Pause after the first crash; doubled with each further one."""
 
@@ -418,12 +421,14 @@ def release_crash(
     reason: str,
     message: str = "",
     exit_code: int | None = None,
+    error_code: str = TOO_MANY_CRASHES,
     report: Report = NOTHING,
     backoff: timedelta = FIRST_BACKOFF,
 ) -> Ended:
     """Hand the job back after a crash: `queued` with a pause, or `failed` after three in a row.
 
     In a row: without a checkpoint stored in between.  A wanted cancel or pause comes first.
+    `error_code` is the job's error if this was the last crash.
     """
     crashes = case((_job.saved_step > _job.crash_step, 1), else_=_job.crashes + 1)
     is_last = crashes >= MAX_CRASHES
@@ -441,7 +446,7 @@ def release_crash(
         **_error_if(
             and_(is_last, ~_is_wanted(StopWanted.CANCEL)),
             JobError(
-                code="too_many_crashes",
+                code=error_code,
                 message=f"The job crashed {MAX_CRASHES} times without a new checkpoint; "
                 f"the last time: {told}",
             ),

@@ -44,6 +44,10 @@ STOPPED = 75
 ERROR_OF_EXIT_CODE = {64: "invalid_config", 65: "invalid_training_file", 70: "internal_error"}
 """Exit codes that end the job, with the error when `exit.json` names none."""
 
+DISK_FULL = "disk_full"
+ERROR_OF_CRASH = {69: "reward_unavailable", 74: DISK_FULL}
+"""Exit codes that are crashes, with the job's error when it is not tried again."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -139,9 +143,10 @@ class Supervisor:
         except OSError as fault:
             log.exception("attempt.io_failed")
             self._bury_trainer()
-            reason = "disk_full" if is_full(fault) else "io_error"
             message = f"the worker's disk: {fault.strerror}"
-            return self._crash(reason, message=message, exit_code=None)
+            if is_full(fault):
+                return self._crash(DISK_FULL, message, exit_code=None, error_code=DISK_FULL)
+            return self._crash("io_error", message, exit_code=None)
 
     def _bury_trainer(self) -> None:
         if self._trainer is not None:
@@ -323,7 +328,8 @@ class Supervisor:
             return self._retry_smaller(end)
         if end.code == FINISHED:
             raise BrokenTrainer("the trainer ended well without a result")
-        return self._crash(*_told(end), exit_code=end.code)
+        error_code = ERROR_OF_CRASH.get(end.code, attempts.TOO_MANY_CRASHES)
+        return self._crash(*_told(end), exit_code=end.code, error_code=error_code)
 
     def _finish(self, told: FinalFolder) -> Ended:
         """Publish the result and end the job; a cancel that came first takes the result back."""
@@ -356,11 +362,23 @@ class Supervisor:
         self._workspace.remove()
         return ended
 
-    def _crash(self, reason: str, message: str, *, exit_code: int | None) -> Ended:
+    def _crash(
+        self,
+        reason: str,
+        message: str,
+        *,
+        exit_code: int | None,
+        error_code: str = attempts.TOO_MANY_CRASHES,
+    ) -> Ended:
         log.warning("attempt.crashed", reason=reason, message=message)
         return self._hold.write(
             lambda tx: attempts.release_crash(
-                tx, self._hold.holder, reason=reason, message=message, exit_code=exit_code
+                tx,
+                self._hold.holder,
+                reason=reason,
+                message=message,
+                exit_code=exit_code,
+                error_code=error_code,
             )
         )
 

@@ -616,6 +616,19 @@ def test_three_crashes_without_a_checkpoint_fail_the_job(
     assert "killed by signal 9" in (last.error_message or "")
 
 
+def test_the_last_crash_may_name_the_error(worker_database: Database, job: Job) -> None:
+    for _ in range(2):
+        crash(worker_database, job)
+    set_columns(worker_database, job, not_before=None)
+
+    with worker_database.begin() as tx:
+        held = claim_job(tx, job)
+        attempts.release_crash(tx, held.holder, reason="full", error_code="disk_full")
+        last = read(tx, job)
+
+    assert (last.status, last.error_code) == (JobStatus.FAILED, "disk_full")
+
+
 def test_crashes_after_new_checkpoints_never_fail_the_job(
     worker_database: Database, job: Job
 ) -> None:

@@ -1,6 +1,8 @@
 """One attempt in this process, with the fake trainer, a real Postgres and a real Redis."""
 
 import csv
+import dataclasses
+import errno
 import io
 import json
 import tarfile
@@ -17,7 +19,7 @@ from core.dispatch import feed_key
 from core.events import feed_payload
 from core.rows import Job
 from core.states import JobStatus
-from core.storage import sha256_of
+from core.storage import ArtifactStore, sha256_of
 from tests.factories import Tenant, visible_passes
 from tests.fakes.bench import (
     Bench,
@@ -29,6 +31,14 @@ from tests.fakes.bench import (
     rewards,
 )
 from tests.fakes.waiting import wait_until
+from worker import supervisor
+
+
+class FullStore(ArtifactStore):
+    """A store from which nothing can be fetched: the disk is full."""
+
+    def fetch(self, *_: object, **__: object) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
@@ -221,6 +231,31 @@ def test_some_ends_are_tried_again(bench: Bench, code: int, reason: str) -> None
     assert (waiting.status, waiting.crashes) == (JobStatus.QUEUED, 1)
     assert bench.attempts(job.id)[0].end_reason == reason
     assert done.status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(69, "reward_unavailable"), (74, "disk_full"), (1, "too_many_crashes")]
+)
+def test_the_last_crash_says_why_the_job_failed(bench: Bench, code: int, expected: str) -> None:
+    bench.plan(exit_at=2, exit={"code": code, "reason": "ended"})
+    job = bench.make_job(steps=4)
+
+    done = run_until_final(bench, job)
+
+    assert (done.status, done.attempt, done.error_code) == (JobStatus.FAILED, 3, expected)
+
+
+def test_a_full_disk_of_the_worker_says_why_the_job_failed(bench: Bench) -> None:
+    job = bench.make_job(steps=4)
+
+    with bench.parts() as parts:
+        full = dataclasses.replace(parts, store=FullStore(bench.store.root))
+        for _ in range(3):
+            forget_backoff(bench)
+            supervisor.run_job(full, job.id, task_id="task", is_told_to_go=lambda: False)
+
+    done = bench.job(job.id)
+    assert (done.status, done.error_code) == (JobStatus.FAILED, "disk_full")
 
 
 def test_too_little_memory_is_tried_once_with_half_the_micro_batch(bench: Bench) -> None:
