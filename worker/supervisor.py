@@ -228,9 +228,18 @@ class Supervisor:
             if has_ended and has_stored_all:
                 return trainer.end()
             if has_ended:  # Postgres is away; the trainer's end no longer sets the pace
+                self._leave_if_told()
                 time.sleep(self._settings.tick_seconds)
             else:
                 self._stop_if_wanted(trainer)
+
+    def _leave_if_told(self) -> None:
+        """DatabaseGone once a worker that is told to go has waited long enough for Postgres."""
+        if not self._is_told_to_go():
+            return
+        self._patience = min(self._patience, time.monotonic() + self._settings.pause_seconds)
+        if time.monotonic() > self._patience:
+            raise DatabaseGone
 
     def _take_lines(self) -> bool:
         """Store what the trainer told since the last look; False if Postgres does not answer."""

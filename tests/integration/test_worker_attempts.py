@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from sqlalchemy import update
+from sqlalchemy import text, update
+from structlog.testing import capture_logs
 
 from core import attempts, models
 from core.db import Database
@@ -368,6 +369,20 @@ def test_a_lost_attempt_kills_its_trainer_and_writes_nothing_more(bench: Bench) 
 
     assert after == seen[0]
     assert bench.trainers() == []
+
+
+def test_a_worker_told_to_go_does_not_wait_for_ever_for_the_last_lines(bench: Bench) -> None:
+    job = bench.make_job(steps=2)
+
+    def trainer_has_ended() -> bool:
+        return any(bench.scratch.rglob("exit.json"))
+
+    with bench.database.begin() as tx, capture_logs() as lines:
+        tx.execute(text("lock table metric in exclusive mode"))
+        left = bench.run_job(job, is_told_to_go=trainer_has_ended, pause_seconds=0.1)
+
+    assert left.status is JobStatus.RUNNING
+    assert lines[-1]["event"] == "attempt.left_to_the_reaper"
 
 
 def test_a_job_that_nobody_may_claim_is_left_alone(bench: Bench) -> None:
