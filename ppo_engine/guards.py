@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, Self, get_args
 
-from ppo_engine.diagnosis import Code, Finding, Level
+from ppo_engine.diagnosis import Finding
 from ppo_engine.errors import InvalidConfig
 from ppo_engine.reports import METRICS, QUANTILES, PassSums, quantile_name
+from ppo_engine.signs import Level
+from ppo_engine.syndromes import Code
 
 Action = Literal[
     "stop_epochs", "skip_pass", "scale_lr", "scale_kl_coef", "rollback", "pause", "abort"
@@ -317,8 +319,8 @@ def _merged(group: Sequence[Firing], step: int) -> Firing:
 _TOLD: dict[Action, str] = {
     "stop_epochs": "Ended the step's passes",
     "skip_pass": "Skipped a pass",
-    "scale_lr": "Lowered the learning rate",
-    "scale_kl_coef": "Raised the KL coefficient",
+    "scale_lr": "Slowed down",
+    "scale_kl_coef": "Pulled closer to the base model",
     "rollback": "Went back to the last good checkpoint",
     "pause": "Paused",
     "abort": "Aborted",
