@@ -34,7 +34,7 @@ from ppo_engine.signs import (
     scaled,
     worse_together,
 )
-from ppo_engine.verdicts import CUT_OFFS
+from ppo_engine.verdicts import CUT_OFFS, ClipVerdict
 
 Code = Literal[
     "update_too_large",
@@ -223,7 +223,7 @@ def clip(history: History, _: MonitorSettings) -> list[Sign]:
         return []
     if latest != [verdict.verdict] * SPIKE_UPDATES:
         return []
-    shown = _CLIP_EVIDENCE[verdict.verdict]
+    shown = _shown(verdict)
     value = verdict.numbers.get(shown.number) or 0.0
     return [
         Sign(
@@ -246,21 +246,21 @@ class _Shown(NamedTuple):
     """The setting to change first."""
 
 
-_CLIP_EVIDENCE: dict[str, _Shown] = {
-    "inactive_by_construction": _Shown(
-        "policy_clip_fraction", "policy_clip_fraction", 0.0, "epochs"
-    ),
-    "numeric_noise": _Shown(
-        "noise_log_ratio_abs_max", "log_ratio_abs_max", CUT_OFFS.noise_log_ratio, "precision"
-    ),
-    "dead": _Shown("update_kl_k3", "update_kl_k3", CUT_OFFS.dead_update_kl, "learning_rate"),
-    "tight": _Shown(
-        "policy_clip_fraction",
-        "policy_clip_fraction",
-        CUT_OFFS.tight_clip_fraction,
-        "clip_range",
-    ),
-}
+def _shown(verdict: ClipVerdict) -> _Shown:
+    """The number that the verdict was judged on."""
+    fraction, mass = "policy_clip_fraction", "clipped_advantage_mass"
+    match verdict.verdict:
+        case "numeric_noise":
+            limit = verdict.numbers.get("noise_limit") or CUT_OFFS.noise_log_ratio
+            return _Shown("noise_log_ratio_abs_max", "log_ratio_abs_max", limit, "precision")
+        case "dead":
+            return _Shown("update_kl_k3", "update_kl_k3", CUT_OFFS.dead_update_kl, "learning_rate")
+        case "tight" if (verdict.numbers.get(fraction) or 0.0) > CUT_OFFS.tight_clip_fraction:
+            return _Shown(fraction, fraction, CUT_OFFS.tight_clip_fraction, "learning_rate")
+        case "tight":
+            return _Shown(mass, mass, CUT_OFFS.tight_advantage_mass, "learning_rate")
+        case _:
+            return _Shown(fraction, fraction, 0.0, "epochs")
 
 
 def sampler_mismatch(history: History, _: MonitorSettings) -> list[Sign]:
@@ -293,8 +293,9 @@ def zero_variance_reward(history: History, settings: MonitorSettings) -> list[Si
         param="group_size",
         text="Raise group_size, so that more prompts get answers that differ in reward.",
     )
+    level: Level = "critical" if is_critical else "warn"
     evidence = history.evidence(metric, min(shares), limits.warn, SPIKE_UPDATES)
-    return [Sign("critical" if is_critical else "warn", evidence, text, (advice,))]
+    return [Sign(level, evidence, text, (advice,))]
 
 
 def numerics(history: History, _: MonitorSettings) -> list[Sign]:
