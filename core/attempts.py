@@ -39,6 +39,8 @@ from core.states import FINAL, HELD, JobStatus, Phase, StopWanted
 MAX_CRASHES = 3
 """So many crashes without a new checkpoint in between end a job."""
 
+PAUSED_BY_GUARD = "paused_by_guard"
+"""Reason of a release when a guard, not the user, paused the job."""
 TOO_MANY_CRASHES = "too_many_crashes"
 """The job's error after them, unless the last one has a better name."""
 
@@ -399,14 +401,15 @@ def release(
     reason: str = "worker_stopped",
     exit_code: int | None = None,
     report: Report = NOTHING,
+    to: JobStatus = JobStatus.QUEUED,
 ) -> Ended:
-    """Hand the job back without blame: `cancelled` or `paused` if that is wanted, else `queued`."""
+    """Hand the job back without blame: `cancelled` or `paused` if that is wanted, else `to`."""
     event = NewEvent(
         code=EventCode.WORKER_STOPPED,
         message="The worker stopped; the job waits for the next one",
     )
     way = _Release(
-        columns={"status": _wanted_status(JobStatus.QUEUED)},
+        columns={"status": _wanted_status(to)},
         reason=reason,
         exit_code=exit_code,
         event=event,
@@ -776,6 +779,8 @@ def _end_event(job: Job, reason: str) -> NewEvent:
     code, level, message = _END_CODES[job.status]
     if job.status == JobStatus.FAILED and job.error_message:
         message = f"{message}: {job.error_message}"
+    if job.status == JobStatus.PAUSED and reason == PAUSED_BY_GUARD:
+        level, message = "warn", "A guard paused the job; its diagnosis says why"
     data = {"from": JobStatus.RUNNING.value, "to": job.status.value, "reason": reason}
     if job.error_code:
         data["error_code"] = job.error_code

@@ -13,6 +13,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,21 +67,34 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     try:
-        code = _run(run)
+        end = _run(run)
     except Exception as error:  # noqa: BLE001 - the outermost place: every fault becomes an exit
         traceback.print_exception(error)  # stderr, which the supervisor keeps for the operator
         return _end(run, _as_engine_error(error))
-    return _end(run, code)
+    return _end(run, end)
 
 
-def _end(run: RunFile, end: int | EngineError) -> int:
+class Ending(StrEnum):
+    """How a run ends that does not fail: the `reason` in `exit.json`."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    PAUSED_BY_GUARD = "paused_by_guard"
+
+    @property
+    def exit_code(self) -> int:
+        """Of the process."""
+        return 0 if self is Ending.DONE else STOPPED_EXIT_CODE
+
+
+def _end(run: RunFile, end: Ending | EngineError) -> int:
     """Write how it ended.  A full disk has no room for that either; then the code alone tells."""
     with suppress(OSError):
         if isinstance(end, EngineError):
             write_exit(run.folder, end.exit_code, end.code, end)
         else:
-            write_exit(run.folder, end, "stopped" if end else "done")
-    return end.exit_code if isinstance(end, EngineError) else end
+            write_exit(run.folder, end.exit_code, end.value)
+    return end.exit_code
 
 
 def _as_engine_error(error: Exception) -> EngineError:
@@ -104,17 +118,17 @@ def _as_engine_error(error: Exception) -> EngineError:
     )
 
 
-def _run(run: RunFile) -> int:
+def _run(run: RunFile) -> Ending:
     transformers_logging.disable_progress_bar()
     if run.device == "cpu":
         torch.use_deterministic_algorithms(mode=True)  # resumed runs are to be bit-identical
     if run.kind == "train":
         return _train(run)
     _sample(run)
-    return 0
+    return Ending.DONE
 
 
-def _train(run: RunFile) -> int:
+def _train(run: RunFile) -> Ending:
     stop_signal = StopSignal()
     stop_signal.listen()
     directory = RunDirectory(run.folder)
@@ -129,15 +143,16 @@ def _train(run: RunFile) -> int:
         request = directory.stop_request() or ("pause" if stop_signal.is_set else None)
         is_last = report.step == config.total_steps
         if request == "cancel":
-            return STOPPED_EXIT_CODE
-        if request == "pause" or is_last or report.step % config.checkpoint_interval == 0:
+            return Ending.STOPPED
+        wants_pause = request == "pause" or report.wants_pause
+        if wants_pause or is_last or report.step % config.checkpoint_interval == 0:
             folder = run.folder / f"ck-{report.step}"
             digest = save_checkpoint(trainer, folder, run.base_model)
-            directory.write_checkpoint(report.step, folder, digest)
-        if request == "pause" and not is_last:
-            return STOPPED_EXIT_CODE
+            directory.write_checkpoint(report.step, folder, digest, is_good=trainer.health.is_good)
+        if wants_pause and not is_last:
+            return Ending.PAUSED_BY_GUARD if report.wants_pause else Ending.STOPPED
     _export(run, trainer, reports, directory)
-    return 0
+    return Ending.DONE
 
 
 def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
@@ -146,7 +161,13 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
     train, validation = (
         _load_prompts(run, base, name, config.max_prompt_tokens) for name in ("train", "validation")
     )
-    policy = Policy(base, config.lora, temperature=config.temperature, seed=run.seed)
+    policy = Policy(
+        base,
+        config.lora,
+        temperature=config.temperature,
+        seed=run.seed,
+        critic=config.critic if config.has_critic else None,
+    )
     return Trainer(policy, scorer, train, config, seed=run.seed, validation=validation)
 
 

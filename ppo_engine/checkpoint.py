@@ -21,19 +21,23 @@ from torch import Tensor
 from ppo_engine.errors import InvalidConfig
 from ppo_engine.export import BaseModelRef, read_adapter, write_adapter
 from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, write_json
+from ppo_engine.snapshot import Snapshot, optimizer_tensors, restore_optimizer
 from ppo_engine.trainer import Progress, Trainer
 
-_ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAST_GOOD = "last_good.safetensors"
+"""The state a guard may roll back to, where it can."""
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, base_model: BaseModelRef) -> str:
     """Write the run's state into a new folder; the digest of its manifest."""
     with whole_folder(folder) as temporary:
         write_adapter(trainer.policy, temporary / "adapter", base_model)
-        _save_tensors(trainer.policy.value_parameters(), temporary / "value_head.safetensors")
-        _save_tensors(_optimizer_tensors(trainer), temporary / "optimizer.safetensors")
+        _save_tensors(trainer.policy.value_parameters(), temporary / "critic.safetensors")
+        _save_tensors(optimizer_tensors(trainer), temporary / "optimizer.safetensors")
         states = {name: each.get_state() for name, each in trainer.generators.items()}
         _save_tensors(states, temporary / "generators.safetensors")
+        if (last_good := trainer.health.last_good) is not None:
+            _save_tensors(last_good.tensors, temporary / _LAST_GOOD)
         write_json(temporary / "state.json", _state(trainer))
         manifest = {
             "step": trainer.progress.step,
@@ -54,12 +58,19 @@ def restore_checkpoint(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Bring a fresh trainer to the saved state; what differs in the environment since then."""
     manifest = _verified_manifest(folder)
     read_adapter(trainer.policy, folder / "adapter")
-    for name, tensor in load_file(folder / "value_head.safetensors").items():
+    for name, tensor in load_file(folder / "critic.safetensors").items():
         trainer.policy.value_parameters()[name].data.copy_(tensor)
     for name, tensor in load_file(folder / "generators.safetensors").items():
         trainer.generators[name].set_state(tensor)
-    _restore_state(trainer, json.loads((folder / "state.json").read_text()))
-    _restore_optimizer(trainer, load_file(folder / "optimizer.safetensors"))
+    state = json.loads((folder / "state.json").read_text())
+    _restore_state(trainer, state)
+    restore_optimizer(trainer, load_file(folder / "optimizer.safetensors"))
+    if (last_good := state["last_good"]) is not None:
+        trainer.health.last_good = Snapshot(
+            step=last_good["step"],
+            tensors=load_file(folder / _LAST_GOOD, device=trainer.policy.device.type),
+            state=last_good["state"],
+        )
     now = environment(trainer)
     return {
         name: {"saved": saved, "now": now.get(name)}
@@ -97,36 +108,17 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def _trained_parameters(trainer: Trainer) -> dict[str, torch.nn.Parameter]:
-    return trainer.policy.adapter_parameters() | trainer.policy.value_parameters()
-
-
-def _optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter; what has never been trained has none."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in _trained_parameters(trainer).items()
-        for key, value in trainer.optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(trainer: Trainer, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in _trained_parameters(trainer).items():
-        if f"{name}.step" not in tensors:
-            continue
-        trainer.optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"],
-            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in _ADAM_MOMENTS},
-        }
-
-
 def _state(trainer: Trainer) -> dict[str, Any]:
+    last_good = trainer.health.last_good
     return {
         "progress": dataclasses.asdict(trainer.progress),
         "prompt_position": trainer.prompts.position,
         "kl_controller": trainer.kl_controller.state(),
         "reward_std": trainer.reward_std.state(),
         "skipped_in_a_row": trainer.updater.skipped_in_a_row,
+        "learning_rate_scale": trainer.updater.learning_rate_scale,
+        "health": trainer.health.state(),
+        "last_good": last_good and {"step": last_good.step, "state": last_good.state},
     }
 
 
@@ -136,3 +128,5 @@ def _restore_state(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.kl_controller.load(state["kl_controller"])
     trainer.reward_std.load(state["reward_std"])
     trainer.updater.skipped_in_a_row = state["skipped_in_a_row"]
+    trainer.updater.learning_rate_scale = state["learning_rate_scale"]
+    trainer.health.load(state["health"])

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from ppo_engine.errors import InvalidConfig
+from ppo_engine.guards import GuardConfig
 
 
 class LossAggregation(StrEnum):
@@ -21,7 +22,43 @@ class LossAggregation(StrEnum):
     SEQUENCE_MEAN_TOKEN_SUM_NORM = "sequence_mean_token_sum_norm"  # noqa: S105 - not a password
 
 
+class AdvantageEstimator(StrEnum):
+    """Where advantages come from."""
+
+    GAE = "gae"
+    """A critic's values and token rewards."""
+    RLOO = "rloo"
+    """The other samples of the same prompt; no critic."""
+    GRPO = "grpo"
+    """As RLOO, in standard deviations of the group."""
+
+
+class KlEstimator(StrEnum):
+    """How the divergence from the reference is estimated at a sampled token."""
+
+    K1 = "k1"
+    K2 = "k2"
+    K3 = "k3"
+    EXACT = "exact"
+    """Over the whole vocabulary, not only the sampled token."""
+
+
+class Critic(StrEnum):
+    """What computes the values."""
+
+    SHARED_HEAD = "shared_head"
+    """A scalar head on the policy's own trunk; its loss trains the trunk too."""
+    DETACHED_HEAD = "detached_head"
+    """The same head without a gradient into the trunk."""
+    ADAPTER = "adapter"
+    """A head on the same base with an adapter of its own: a second forward pass."""
+
+
+LENGTH_ADAPTIVE = "length_adaptive"
+"""As `lam`: λ of each response follows its length (VAPO)."""
+
 _COUNTS = (
+    "group_size",
     "kl_horizon",
     "batch_size",
     "epochs",
@@ -39,7 +76,15 @@ _CHOICES = {
     "reward_scaling": ("none", "running_std"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "precision": ("fp32", "bf16"),
+    "kl_placement": ("reward", "loss"),
 }
+_ENUMS = {
+    "loss_aggregation": LossAggregation,
+    "advantage_estimator": AdvantageEstimator,
+    "kl_estimator": KlEstimator,
+    "critic": Critic,
+}
+_LOSS_ESTIMATORS = (KlEstimator.K2, KlEstimator.K3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +97,16 @@ class LoraConfig:
     """Scale: the adapter's output is multiplied by alpha / rank."""
     target_modules: Literal["auto"] | tuple[str, ...]
     """Names of the linear layers; "auto" takes all except the output head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverlongBuffer:
+    """A soft length limit: a penalty that grows over the last tokens before the hard one."""
+
+    tokens: int
+    """Length of the zone before `max_response_tokens` in which the penalty grows."""
+    penalty: float
+    """Taken off the score at `max_response_tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +123,10 @@ class TrainConfig:
     """Half-width of the window around the old value in which the critic may move; None: no clip."""
     kl_coef: float
     """β of the KL penalty in the token reward, in reward units per nat; more stays closer."""
+    kl_estimator: KlEstimator
+    """Estimator of the penalty; in the loss only k2 and k3 pull the right way."""
+    kl_placement: Literal["reward", "loss"]
+    """Whether β·KL is taken off the token rewards or added to the loss."""
     kl_controller: Literal["fixed", "adaptive"]
     """Whether β stays, or follows `target_kl_per_sequence`."""
     target_kl_per_sequence: float
@@ -76,16 +135,32 @@ class TrainConfig:
     """Episodes over which the adaptive controller moves β by about a fifth; fewer react faster."""
     target_kl: float | None
     """Old-to-current KL per token at 1.5 times which a step's passes end; None: never."""
+    advantage_estimator: AdvantageEstimator
+    """Where advantages come from; only GAE has a critic."""
+    group_size: int
+    """Responses per prompt; more make a group's mean steadier and cost more."""
     gamma: float
     """Discount per token."""
-    lam: float
+    lam: float | Literal["length_adaptive"]
     """λ of GAE: 0 trusts the critic, 1 the sampled return."""
+    lambda_value: float | None
+    """λ of the critic's returns where it is to differ (VC-PPO: 1); None: as `lam`."""
     standardize_advantages: bool
     """Whether advantages get mean 0 and variance 1 over the rollout."""
     reward_scaling: Literal["none", "running_std"]
     """Whether scores are divided by their running standard deviation."""
     missing_stop_penalty: float
     """Taken off the score of a response that ended by length; 0: none."""
+    overlong_buffer: OverlongBuffer | None
+    """Soft penalty before the length limit; None: none."""
+    mask_truncated: bool
+    """Whether responses cut by length are left out of the loss."""
+    bootstrap_truncated: bool
+    """Whether a response cut by length is credited with the critic's value of going on."""
+    importance_weight_cap: float | None
+    """Largest weight for the sampler's deviation from the trainer (TIS); None: no weights."""
+    critic: Critic
+    """What computes the values."""
     value_coef: float
     """Weight of the value loss."""
     entropy_coef: float
@@ -93,11 +168,11 @@ class TrainConfig:
     critic_warmup_steps: int
     """Leading steps in which only the value head learns."""
     batch_size: int
-    """Prompts, and responses, per step."""
+    """Prompts per step."""
     epochs: int
     """Walks over the rollout per step."""
     minibatches: int
-    """Passes (optimizer steps) per walk; divides `batch_size`."""
+    """Passes (optimizer steps) per walk; divides the responses of a step."""
     total_steps: int
     """Updates in the whole run."""
     micro_batch_size: int
@@ -133,7 +208,9 @@ class TrainConfig:
     eval_samples: int
     """Validation prompts per evaluation."""
     stored_samples: int
-    """Responses per step kept as text with their scores."""
+    """Responses per step kept as text with their scores, and token by token."""
+    guards: GuardConfig
+    """What is done when training goes wrong."""
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -145,8 +222,14 @@ class TrainConfig:
             lora = dict(fields["lora"])
             modules = lora["target_modules"]
             lora["target_modules"] = modules if modules == "auto" else tuple(modules)
-            aggregation = LossAggregation(fields["loss_aggregation"])
-            return cls(**{**fields, "lora": LoraConfig(**lora), "loss_aggregation": aggregation})
+            buffer = fields["overlong_buffer"]
+            parts: dict[str, Any] = {name: kind(fields[name]) for name, kind in _ENUMS.items()}
+            parts |= {
+                "lora": LoraConfig(**lora),
+                "overlong_buffer": None if buffer is None else OverlongBuffer(**buffer),
+                "guards": GuardConfig.from_dict(fields["guards"]),
+            }
+            return cls(**{**fields, **parts})
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidConfig(f"the settings cannot be read: {error}") from error
 
@@ -178,20 +261,59 @@ class TrainConfig:
                 f"dual_clip must exceed 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}",
                 param="dual_clip",
             )
-        if self.batch_size % self.minibatches:
+        if self.responses_per_step % self.minibatches:
             raise InvalidConfig(
-                f"minibatches ({self.minibatches}) must divide batch_size ({self.batch_size})",
+                f"minibatches ({self.minibatches}) must divide the {self.responses_per_step} "
+                "responses of a step (batch_size × group_size)",
                 param="minibatches",
+            )
+        self._check_estimator()
+        self._check_lengths()
+
+    def _check_estimator(self) -> None:
+        """Advantages and KL terms that would not do what their names say are refused."""
+        if self.advantage_estimator is not AdvantageEstimator.GAE and self.group_size < 2:
+            raise InvalidConfig(
+                f"{self.advantage_estimator} compares the samples of a prompt: group_size must be "
+                f"2 or more, got {self.group_size}",
+                param="group_size",
+            )
+        if self.kl_placement == "loss" and self.kl_estimator not in _LOSS_ESTIMATORS:
+            raise InvalidConfig(
+                f"kl_estimator {self.kl_estimator} cannot be a loss; take k2 or k3",
+                param="kl_estimator",
+            )
+        if isinstance(self.lam, str) and self.lam != LENGTH_ADAPTIVE:
+            raise InvalidConfig(f"lam is a number or {LENGTH_ADAPTIVE}", param="lam")
+        if not self.has_critic and self.bootstrap_truncated:
+            raise InvalidConfig(
+                f"bootstrap_truncated needs a critic, which {self.advantage_estimator} has not",
+                param="bootstrap_truncated",
+            )
+        cap = self.importance_weight_cap
+        if cap is not None and cap <= 0:
+            raise InvalidConfig(
+                f"importance_weight_cap must be positive, got {cap}", param="importance_weight_cap"
+            )
+
+    def _check_lengths(self) -> None:
+        """The soft limit's zone must lie before the hard limit."""
+        buffer = self.overlong_buffer
+        if buffer is not None and not 0 < buffer.tokens <= self.max_response_tokens:
+            raise InvalidConfig(
+                f"overlong_buffer.tokens must lie in 1..max_response_tokens "
+                f"({self.max_response_tokens}), got {buffer.tokens}",
+                param="overlong_buffer",
             )
 
     def _check_kl_controller(self) -> None:
         """The factor 1 + clip(e, ±.2)·n/horizon must stay positive, with a β to act on."""
         if self.kl_controller != "adaptive":
             return
-        if self.kl_horizon < self.batch_size:
+        if self.kl_horizon < self.responses_per_step:
             raise InvalidConfig(
-                f"kl_horizon ({self.kl_horizon}) must not be below batch_size ({self.batch_size}), "
-                "or the KL coefficient could jump past zero",
+                f"kl_horizon ({self.kl_horizon}) must not be below the {self.responses_per_step} "
+                "responses of a step, or the KL coefficient could jump past zero",
                 param="kl_horizon",
             )
         if self.kl_coef == 0:
@@ -202,4 +324,14 @@ class TrainConfig:
     @property
     def minibatch_size(self) -> int:
         """Rows of one optimizer step."""
-        return self.batch_size // self.minibatches
+        return self.responses_per_step // self.minibatches
+
+    @property
+    def responses_per_step(self) -> int:
+        """Rows of a rollout."""
+        return self.batch_size * self.group_size
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learned at all."""
+        return self.advantage_estimator is AdvantageEstimator.GAE

@@ -7,6 +7,8 @@ EngineError
 ├── RewardUnavailable      69  the reward service cannot be reached
 ├── RewardFailed           70  the reward raised, or answered with something that is no number
 ├── NonfiniteLoss          70  loss or gradient stayed infinite or NaN
+├── SelfCheckFailed        70  something is wrong with the run before it has learned anything
+├── GuardAbort             70  a guard was told to end the run
 ├── OutOfMemory            71  the device has too little memory for the job
 └── DiskFull               74  a file could not be written
 """
@@ -74,6 +76,20 @@ class NonfiniteLoss(EngineError):
     """Loss or gradient stayed infinite or not-a-number for several passes in a row."""
 
     code = "nonfinite_loss"
+    exit_code = 70
+
+
+class SelfCheckFailed(EngineError):
+    """Before any training the policy, its reference or its gradients are not what they must be."""
+
+    code = "self_check_failed"
+    exit_code = 70
+
+
+class GuardAbort(EngineError):
+    """A guard with the action `abort` fired."""
+
+    code = "guard_abort"
     exit_code = 70
 
 

@@ -92,6 +92,22 @@ def clipped_surrogate(
     ).objective
 
 
+def importance_weights(
+    old_logprobs: Tensor, behavior_logprobs: Tensor, response_mask: Tensor, *, cap: float
+) -> Tensor:
+    """Truncated importance-sampling weights, detached; [B, T], zero outside the mask.
+
+        w_t = min(π_old(a_t|s_t) / π_behavior(a_t|s_t), cap)
+
+    They correct for a sampler whose numbers differ from the trainer's (decoupled PPO,
+    arXiv:2110.00641; the bound: arXiv:1802.01561).  w multiplies J.
+    """
+    drift = log_ratio(
+        zero_outside(old_logprobs, response_mask), zero_outside(behavior_logprobs, response_mask)
+    )
+    return zero_outside(torch.exp(drift).clamp(max=cap), response_mask).detach()
+
+
 def clipped_value_error(
     values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None
 ) -> ValueTerms:

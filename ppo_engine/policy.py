@@ -1,7 +1,8 @@
 """The model in training: one frozen base that serves policy, reference and critic.
 
-The policy is the base with a LoRA adapter, the reference the same base with the adapter off, the
-critic a scalar head on the policy's last hidden state, computed in the same forward pass.
+The policy is the base with a LoRA adapter, the reference the same base with the adapter off.  The
+critic is a scalar head on the policy's last hidden state, computed in the same forward pass, or on
+that of the base with an adapter of its own.
 """
 
 import resource
@@ -20,11 +21,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppo_engine.config import LoraConfig
+from ppo_engine.config import Critic, LoraConfig
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
-from ppo_engine.logprobs import token_logprobs
+from ppo_engine.logprobs import OutputHead, head_kl, head_logprobs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CHUNK_TOKENS = {"cuda": 1024}
+_CPU_CHUNK_TOKENS = 64
+"""Tokens whose scores are held at once; on a CPU larger chunks save no time."""
+_POLICY, _CRITIC = "default", "critic"
+"""Names of the two adapters."""
 
 
 class Evaluation(NamedTuple):
@@ -33,6 +39,21 @@ class Evaluation(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    """The critic's value of the state in which each token was chosen; zeros without a critic."""
+
+
+class Estimates(NamedTuple):
+    """What is known of responses before an update, [B, T] fp32, zero outside `response_mask`."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    kl_reference_logprobs: Tensor
+    """Under the frozen reference."""
+    kl_exact: Tensor
+    """KL(π‖π_ref) over the whole vocabulary."""
+    last_values: Tensor
+    """[B]; value of the state after the last response token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +124,19 @@ class CausalPolicy:
 
     def __init__(self, base: BaseModel, model: Any, *, temperature: float) -> None:
         self.base = base
-        self.temperature = temperature
+        self.adapter_version = 0
+        """Optimizer steps taken so far; stamps samples and what is computed from them."""
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self._backbone = causal_lm.base_model
         self._output = causal_lm.get_output_embeddings()
+        bias = self._output.bias
+        self._head = OutputHead(
+            # fp32 from the scores on, whatever the base is; converted once.
+            weight=self._output.weight.detach().float(),
+            bias=None if bias is None else bias.detach().float(),
+            temperature=temperature,
+            chunk_tokens=_CHUNK_TOKENS.get(self.device.type, _CPU_CHUNK_TOKENS),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -114,15 +144,10 @@ class CausalPolicy:
         device: torch.device = self._output.weight.device
         return device
 
-    def logits(self, states: Tensor) -> Tensor:
-        """Next-token scores of hidden states [..., H] -> [..., V], in fp32 whatever the base is."""
-        bias = None if self._output.bias is None else self._output.bias.float()
-        return nn.functional.linear(states.float(), self._output.weight.float(), bias)
-
     def step(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
-        """Next-token scores [B, V] after `tokens`, and the grown key-value cache."""
+        """Next-token scores z/τ [B, V] after `tokens`, and the grown key-value cache."""
         output = self._backbone(
             input_ids=tokens,
             attention_mask=attention_mask.long(),
@@ -130,26 +155,29 @@ class CausalPolicy:
             cache=cache,
             use_cache=True,
         )
-        return self.logits(output.last_hidden_state[:, -1]), output.cache
+        return self._head.scores(output.last_hidden_state[:, -1]), output.cache
 
 
 class Policy(CausalPolicy):
-    """Base, adapter and value head; evaluates given responses and hands out what may be trained."""
+    """Base, adapter and critic; evaluates given responses and hands out what may be trained."""
 
-    def __init__(self, base: BaseModel, lora: LoraConfig, *, temperature: float, seed: int) -> None:
-        modules = "all-linear" if lora.target_modules == "auto" else list(lora.target_modules)
-        settings = PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=modules,
-            lora_dropout=0.0,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
+    def __init__(
+        self,
+        base: BaseModel,
+        lora: LoraConfig,
+        *,
+        temperature: float,
+        seed: int,
+        critic: Critic | None = Critic.SHARED_HEAD,
+    ) -> None:
+        self._critic = critic
+        settings = _peft_config(lora)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 self.model: PeftModel = get_peft_model(base.model, settings)
+                if critic is Critic.ADAPTER:
+                    self.model.add_adapter(_CRITIC, _peft_config(lora))
         except ValueError as error:
             raise InvalidConfig(
                 f"the adapter does not fit the model: {error}", param="lora.target_modules"
@@ -163,6 +191,8 @@ class Policy(CausalPolicy):
         self.value_head = nn.Linear(self._output.weight.shape[1], 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        for parameter in self.value_parameters().values():
+            parameter.requires_grad = True
 
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: of the device, or of the process on a CPU."""
@@ -173,12 +203,22 @@ class Policy(CausalPolicy):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's weights by name: all that PPO's policy term trains."""
-        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
+        """The policy adapter's weights by name: all that PPO's policy term trains."""
+        return self._lora_parameters(_POLICY)
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
-        """The value head's weights by name."""
-        return dict(self.value_head.named_parameters(prefix="value_head"))
+        """The critic's weights by name: its head, and its adapter if it has one."""
+        if self._critic is None:
+            return {}
+        head = dict(self.value_head.named_parameters(prefix="value_head"))
+        return head | self._lora_parameters(_CRITIC)
+
+    def _lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if "lora_" in name and f".{adapter}." in name
+        }
 
     def start_value_head_at(self, value: float) -> None:
         """Let the critic answer `value` everywhere, until it has learned."""
@@ -196,26 +236,123 @@ class Policy(CausalPolicy):
         with self.model.disable_adapter():
             yield
 
-    def evaluate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Evaluation:
-        """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
+    @contextmanager
+    def _critics_adapter(self) -> Iterator[None]:
+        """Inside, the critic's adapter is in use; what may be trained stays as it was."""
+        trained = {p: p.requires_grad for _, p in self.model.named_parameters()}
+        self.model.set_adapter(_CRITIC)
+        _restore_trainable(trained)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(_POLICY)
+            _restore_trainable(trained)
 
-        `hidden[:, P-1 : P+T-1]` is the state in which the tokens `[:, P : P+T]` were chosen.
-        """
-        hidden = self._backbone(
+    def evaluate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Evaluation:
+        """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in."""
+        hidden = self._hidden(tokens, attention_mask)
+        chosen = tokens[:, -response_mask.shape[1] :][response_mask]
+        result = head_logprobs(_states(hidden, response_mask), chosen, self._head)
+        critic_hidden = self._critic_hidden(hidden, tokens, attention_mask)
+        return Evaluation(
+            _scattered(result.logprobs, response_mask),
+            _scattered(result.entropy, response_mask),
+            self._values(critic_hidden, response_mask),
+        )
+
+    @torch.no_grad()
+    def estimate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Estimates:
+        """What `evaluate` says, exactly, with what is needed once per rollout."""
+        hidden = self._hidden(tokens, attention_mask)
+        with self.reference():
+            reference_hidden = self._hidden(tokens, attention_mask)
+        chosen = tokens[:, -response_mask.shape[1] :][response_mask]
+        states = _states(hidden, response_mask)
+        reference_states = _states(reference_hidden, response_mask)
+        result = head_logprobs(states, chosen, self._head)
+        critic_hidden = self._critic_hidden(hidden, tokens, attention_mask)
+        return Estimates(
+            logprobs=_scattered(result.logprobs, response_mask),
+            entropy=_scattered(result.entropy, response_mask),
+            values=self._values(critic_hidden, response_mask),
+            kl_reference_logprobs=_scattered(
+                head_logprobs(reference_states, chosen, self._head).logprobs, response_mask
+            ),
+            kl_exact=_scattered(head_kl(states, reference_states, self._head), response_mask),
+            last_values=self._last_values(critic_hidden, response_mask),
+        )
+
+    def _hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states, [B, P+T, H]."""
+        states: Tensor = self._backbone(
             input_ids=tokens,
             attention_mask=attention_mask.long(),
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
+        return states
+
+    def _critic_hidden(self, hidden: Tensor, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """The states that the value head reads; the policy's own unless the critic has a trunk."""
+        match self._critic:
+            case Critic.DETACHED_HEAD:
+                return hidden.detach()
+            case Critic.ADAPTER:
+                with self._critics_adapter():
+                    return self._hidden(tokens, attention_mask)
+            case _:
+                return hidden
+
+    def _values(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+        if self._critic is None:
+            return torch.zeros_like(response_mask, dtype=torch.float32)
+        values = self.value_head(_states(hidden, response_mask)).squeeze(-1)
+        return _scattered(values, response_mask)
+
+    def _last_values(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+        """Values of the states after the last response token, [B]."""
+        if self._critic is None:
+            return torch.zeros(len(response_mask), device=hidden.device)
         columns = response_mask.shape[1]
-        states = hidden[:, -columns - 1 : -1].float()
-        result = token_logprobs(
-            self.logits(states), tokens[:, -columns:], temperature=self.temperature
-        )
-        values = self.value_head(states).squeeze(-1)
-        return Evaluation(
-            *(torch.where(response_mask, x, 0.0) for x in (*result, values)),
-        )
+        numbered = torch.arange(1, columns + 1, device=hidden.device) * response_mask
+        last = hidden.shape[1] - columns - 1 + numbered.amax(dim=1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        values: Tensor = self.value_head(hidden[rows, last].float()).squeeze(-1)
+        return values
+
+
+def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=(
+            "all-linear" if lora.target_modules == "auto" else list(lora.target_modules)
+        ),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _restore_trainable(trained: dict[nn.Parameter, bool]) -> None:
+    """`set_adapter` also decides what may be trained; that is not its business here."""
+    for parameter, is_trained in trained.items():
+        parameter.requires_grad_(is_trained)
+
+
+def _states(hidden: Tensor, response_mask: Tensor) -> Tensor:
+    """States in which the response tokens were chosen, [N, H] fp32, row by row.
+
+    `hidden[:, P-1 : P+T-1]` is where the tokens `[:, P : P+T]` were chosen.
+    """
+    columns = response_mask.shape[1]
+    return hidden[:, -columns - 1 : -1][response_mask].float()
+
+
+def _scattered(values: Tensor, response_mask: Tensor) -> Tensor:
+    """Values of response tokens [N] at their places, [B, T] fp32; exact zeros elsewhere."""
+    result = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
+    return result.masked_scatter(response_mask, values.float())
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

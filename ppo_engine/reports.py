@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal, Self
 
+from ppo_engine.buckets import WORST_SEQUENCES, Buckets
 from ppo_engine.explain import CLIPPED_CLASSES, TOKEN_CLASSES, TokenClass
 from ppo_engine.histogram import Histogram
 
@@ -86,6 +87,14 @@ class PassSums:
     """Σd²/2."""
     kl_k3: float = 0.0
     """Σ(ρ − 1 − d)."""
+    importance_weight: float = 0.0
+    """Σw over the tokens that have a weight."""
+    importance_weight_max: float = _merged_by(_largest, -math.inf)
+    """Largest w."""
+    importance_weights: int = 0
+    """Tokens that have a weight: all of them, or none where the run uses none."""
+    importance_weights_capped: int = 0
+    """Tokens whose weight reached its cap."""
     value_clipped: int = 0
     """Tokens where value clipping binds."""
     value_out_of_range: int = 0
@@ -143,6 +152,7 @@ class PassSums:
             **self._surrogate_values(),
             **self._ratio_values(),
             **self._drift_values(),
+            **self._weight_values(),
             "value_clip_fraction": _share(self.value_clipped, self.tokens),
             "value_out_of_range_fraction": _share(self.value_out_of_range, self.tokens),
             "grad_norm": _share(self.grad_norm, self.grad_norms),
@@ -204,6 +214,14 @@ class PassSums:
             "log_ratio_clamped_count": self.log_ratio_clamped,
         }
 
+    def _weight_values(self) -> dict[str, float | None]:
+        count = self.importance_weights
+        return {
+            "importance_weight_mean": _share(self.importance_weight, count),
+            "importance_weight_max": _finite(self.importance_weight_max) if count else None,
+            "importance_weight_capped_fraction": _share(self.importance_weights_capped, count),
+        }
+
 
 def _add(first: float, second: float) -> float:
     return first + second
@@ -235,6 +253,10 @@ class PassReport:
     """Exact ones of this pass, by metric name."""
     ratios: Histogram
     """Its ratios, to judge other clip ranges and to merge quantiles."""
+    buckets: Buckets = field(default_factory=Buckets)
+    """The same classes by place in the response and by old probability."""
+    worst_sequences: tuple[dict[str, Any], ...] = ()
+    """Responses with the most clipped tokens: `row`, `tokens`, `clipped_tokens`, `ratio_max`."""
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -258,6 +280,8 @@ class PassReport:
             "counts": self.counts,
             "skipped": self.skipped,
             "sums": self.sums.to_dict(),
+            "buckets": self.buckets.to_rows(),
+            "worst_sequences": list(self.worst_sequences),
         }
 
     @classmethod
@@ -279,6 +303,8 @@ class PassReport:
             sums=PassSums.from_dict(values["sums"]),
             ratio_quantiles={name: values[name] for name in map(quantile_name, QUANTILES)},
             ratios=Histogram.from_bytes(histogram, edges, zero_advantage_count=zeros),
+            buckets=Buckets.from_rows(values["buckets"]) if "buckets" in values else Buckets(),
+            worst_sequences=tuple(values.get("worst_sequences", ())),
         )
 
 
@@ -294,6 +320,10 @@ class PassSummary:
     """Passes in which the optimizer did not step."""
     ratios: Histogram
     """Ratios of all."""
+    buckets: Buckets
+    """Classes of all by place in the response and by old probability."""
+    worst_sequences: tuple[dict[str, Any], ...]
+    """Responses with the most clipped tokens of any pass, with its `epoch` and `minibatch`."""
 
 
 def summarize(passes: Sequence[PassReport]) -> PassSummary:
@@ -306,7 +336,19 @@ def summarize(passes: Sequence[PassReport]) -> PassSummary:
         counts=dict(zip(TOKEN_CLASSES, sums.counts, strict=True)),
         skipped=sum(each.skipped for each in passes),
         ratios=ratios,
+        buckets=reduce(Buckets.merged, (each.buckets for each in passes)),
+        worst_sequences=_worst_sequences(passes),
     )
+
+
+def _worst_sequences(passes: Sequence[PassReport]) -> tuple[dict[str, Any], ...]:
+    named = [
+        {**row, "epoch": each.epoch, "minibatch": each.minibatch}
+        for each in passes
+        for row in each.worst_sequences
+    ]
+    named.sort(key=lambda row: -row["clipped_tokens"])
+    return tuple(named[:WORST_SEQUENCES])
 
 
 def merge_passes(passes: Sequence[PassReport]) -> dict[str, float | None]:
@@ -350,6 +392,10 @@ class StepReport:
     """What happened in it."""
     samples: tuple[dict[str, Any], ...]
     """Stored responses with their scores."""
+    tokens: tuple[dict[str, Any], ...] = ()
+    """The tokens of the stored responses, one by one, as the last epoch met them."""
+    wants_pause: bool = False
+    """Whether a guard asks to pause the run after this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,8 +418,32 @@ METRICS: dict[str, Metric] = {
         "nats per response", "mean over rows of Σ_t D,  D = log π_old − log π_ref"
     ),
     "kl_reference_per_token": Metric("nats per token", "ΣD / N"),
+    "kl_reference_exact_per_token": Metric(
+        "nats per token", "Σ_t Σ_v π_old·(ln π_old − ln π_ref) / N, over the whole vocabulary"
+    ),
     "kl_coef": Metric("reward per nat", "β of the KL penalty in this step's token rewards"),
     "entropy": Metric("nats per token", "ΣH / N,  H = logsumexp(z/τ) − Σ_v softmax(z/τ)_v·z_v/τ"),
+    "reference_perplexity": Metric(
+        "1", "exp(−Σ log π_ref / N): how odd the frozen base finds the responses"
+    ),
+    "distinct_2": Metric(
+        "share", "different pairs of neighbouring tokens / all pairs, over all responses"
+    ),
+    "repeated_4gram_fraction": Metric(
+        "share", "mean over responses of 1 − different 4-grams / 4-grams; 0 below 4 tokens"
+    ),
+    "longest_token_run_mean": Metric(
+        "tokens", "mean over responses of the longest run of one and the same token"
+    ),
+    "identical_response_fraction": Metric(
+        "share", "responses whose text also answers another prompt of the step / responses"
+    ),
+    "zero_advantage_group_fraction": Metric(
+        "share", "prompts whose responses all got the same score / prompts; null for groups of 1"
+    ),
+    "reward_limited_fraction": Metric(
+        "share", "scores bounded to ±10 by running_std scaling / scores"
+    ),
     "policy_loss": Metric("1", "−Σ w·J, mean over the step's passes"),
     "value_loss": Metric(
         "reward²", "Σ w·½·max((V−G)², (V_c−G)²), mean over the passes; in scaled reward units"
@@ -381,6 +451,16 @@ METRICS: dict[str, Metric] = {
     "advantage_std": Metric("reward", "standard deviation of A before standardizing"),
     "value_explained_variance": Metric("1", "1 − var(G − V_old) / var(G); null if var(G) = 0"),
     "value_bias": Metric("reward", "mean(V_old − G)"),
+    "return_std": Metric("reward", "standard deviation of the returns G, in scaled reward units"),
+    "kl_loss": Metric("1", "β·Σ w·(KL term), mean over the passes; null unless KL is in the loss"),
+    "sampler_mismatch_mean": Metric(
+        "nats per token", "mean |log π_old − log π_behavior|: trainer against sampler"
+    ),
+    "sampler_mismatch_ratio": Metric("1", "mean of exp(|log π_old − log π_behavior|)"),
+    "noise_limit": Metric(
+        "nats", "log-ratios below this may be rounding: 1e-4, or what the self-check measured"
+    ),
+    "skipped_passes": Metric("passes", "passes of the step without an optimizer step"),
     "learning_rate": Metric("1", "AdamW's rate of the adapter in this step"),
     "value_learning_rate": Metric("1", "AdamW's rate of the value head in this step"),
     "response_tokens_mean": Metric("tokens", "mean response length"),
@@ -427,11 +507,17 @@ METRICS: dict[str, Metric] = {
     "update_kl_k1": Metric("nats per token", "Σ(−d) / N,  d = log π − log π_old"),
     "update_kl_k2": Metric("nats per token", "Σ(d²/2) / N"),
     "update_kl_k3": Metric("nats per token", "Σ(ρ − 1 − d) / N"),
+    "update_kl_k3_max": Metric("nats per token", "largest update_kl_k3 of any pass of the step"),
     "update_kl_per_sequence": Metric("nats per response", "mean over rows of Σ_t (ρ − 1 − d)"),
     "log_ratio_abs_max": Metric("nats", "largest |log π − log π_old|, before it is bounded to 20"),
     "log_ratio_clamped_count": Metric("tokens", "#(|log π − log π_old| > 20)"),
     "ess_token": Metric("share", "(Σρ)² / (N·Σρ²)"),
     "ess_sequence": Metric("share", "(Σρ_i)² / (B·Σρ_i²),  ρ_i = exp(Σ_t d) of row i"),
+    "importance_weight_mean": Metric(
+        "1", "Σw / N,  w = min(π_old/π_behavior, cap); null where the run uses no weights"
+    ),
+    "importance_weight_max": Metric("1", "largest w"),
+    "importance_weight_capped_fraction": Metric("share", "#(w = cap) / N"),
     "value_clip_fraction": Metric(
         "share", "#((V_c−G)² > (V−G)²) / N: value clipping binds and removes the gradient"
     ),

@@ -26,6 +26,10 @@ class RunningStd:
         self._mean = 0.0
         self._squares = 0.0
 
+    def is_limited(self, scores: Tensor) -> Tensor:
+        """Whether each score, in standard deviations, lies beyond the bound of ±10."""
+        return (scores / (self.std or 1.0)).abs() > _SCALED_LIMIT
+
     @property
     def std(self) -> float:
         """Standard deviation so far; 0 before there are two different scores."""
@@ -65,6 +69,42 @@ def shape_scores(scores: Tensor, is_truncated: Tensor, *, missing_stop_penalty: 
     return torch.where(is_truncated, scores - missing_stop_penalty, scores)
 
 
+def overlong_penalty(
+    lengths: Tensor, *, max_response_tokens: int, buffer_tokens: int, penalty: float
+) -> Tensor:
+    """What a long response loses: nothing before the buffer, then evenly down to −penalty.  [B].
+
+        0                                               L ≤ T_max − b
+        −penalty · (L − (T_max − b)) / b                in the buffer's b tokens before T_max
+
+    The soft punishment of DAPO (arXiv:2503.14476, eq. 13), to be added to the score.
+    """
+    over = lengths - (max_response_tokens - buffer_tokens)
+    return -penalty * (over / buffer_tokens).clamp(0.0, 1.0)
+
+
+def bootstrap_truncated(
+    token_rewards: Tensor,
+    last_values: Tensor,
+    is_truncated: Tensor,
+    response_mask: Tensor,
+    *,
+    gamma: float,
+) -> Tensor:
+    """Rewards with γ·V(state after the last token) added there, where length cut the response.
+
+    `last_values` and `is_truncated` are [B], the rest [B, T].
+    """
+    bonus = torch.where(is_truncated, gamma * last_values, 0.0)
+    return token_rewards + is_last_token(response_mask) * bonus.unsqueeze(1)
+
+
+def is_last_token(response_mask: Tensor) -> Tensor:
+    """True at the last response token of each row; [B, T] bool."""
+    position = response_mask.cumsum(dim=1)
+    return response_mask & (position == position[:, -1:])
+
+
 def token_rewards(
     scores: Tensor, kl_per_token: Tensor, response_mask: Tensor, *, kl_coef: float
 ) -> Tensor:
@@ -74,7 +114,6 @@ def token_rewards(
 
     `scores` are [B]; the rest is [B, T], zero outside the response.
     """
-    position = response_mask.cumsum(dim=1)
-    is_last = response_mask & (position == position[:, -1:])
     penalty = -kl_coef * kl_per_token
-    return zero_outside(penalty + is_last * scores.unsqueeze(1), response_mask)
+    paid = is_last_token(response_mask) * scores.unsqueeze(1)
+    return zero_outside(penalty + paid, response_mask)

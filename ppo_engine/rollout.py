@@ -6,6 +6,7 @@ state in which that token was chosen.  Outside `response_mask` every [B, T] tens
 ratio there is exp(0) = 1, its gradient is zero, and no formula mentions padding.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class Samples:
     """[B] bool; True = ended by length, not by a stop token."""
     texts: tuple[str, ...]
     """The responses as text, without the stop token; what graders see."""
+    group_ids: Tensor
+    """[B] int64; equal for samples of one prompt."""
+    adapter_version: int
+    """State of the adapter that sampled: optimizer steps taken before."""
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
@@ -49,9 +54,12 @@ class Targets:
     """What some rows of a rollout are compared with, [B, T] fp32, zero outside the mask."""
 
     old_logprobs: Tensor
+    kl_reference_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    importance_weights: Tensor
+    """1 where the run uses none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,38 +72,58 @@ class Rollout:
     """[B, T] fp32; the ratio's denominator: the trainer's log-probabilities before the update."""
     kl_reference_logprobs: Tensor
     """[B, T] fp32; under the frozen reference, the base with the adapter off."""
+    kl_exact: Tensor
+    """[B, T] fp32; KL(π_old‖π_ref) over the whole vocabulary, a diagnostic."""
     old_values: Tensor
     """[B, T] fp32; the critic's values before the update."""
     entropy: Tensor
     """[B, T] fp32; entropy of the old policy in nats."""
     scores: Tensor
     """[B] fp32; the grader's rewards, raw."""
+    rewards: Tensor
+    """[B, T] fp32; token rewards as the learner sees them."""
     advantages: Tensor
     """[B, T] fp32; as the loss uses them."""
     returns: Tensor
     """[B, T] fp32; targets of the critic."""
+    importance_weights: Tensor
+    """[B, T] fp32; old over behavior probability, capped; 1 where the run uses none."""
+    loss_mask: Tensor
+    """[B, T] bool; the response tokens that are learned from."""
     raw_advantage_std: float
     """Standard deviation of the advantages before standardizing."""
+    limited_score_fraction: float
+    """Share of scores that scaling had to bound."""
+    adapter_version: int
+    """State of the adapter that the tensors above were computed with."""
 
     def __post_init__(self) -> None:
-        """Refuse tensors that are not zero outside the responses."""
+        """Refuse tensors that do not belong together, or are not zero outside the responses."""
+        if self.adapter_version != self.samples.adapter_version:
+            raise ValueError(
+                f"sampled by adapter version {self.samples.adapter_version}, "
+                f"evaluated by {self.adapter_version}"
+            )
         mask = self.samples.response_mask
+        if bool((self.loss_mask & ~mask).any()):
+            raise ValueError("loss_mask must lie within response_mask")
         for name in (
             "old_logprobs",
             "kl_reference_logprobs",
+            "kl_exact",
             "old_values",
+            "rewards",
             "advantages",
             "returns",
+            "importance_weights",
         ):
             _check_zero_outside(getattr(self, name), mask, name)
 
-    def targets(self, rows: Tensor, response_mask: Tensor) -> Targets:
-        """Of the numbered rows, under a mask that may leave some of them out."""
+    def targets(self, rows: Tensor, mask: Tensor) -> Targets:
+        """Of the numbered rows, under a mask that may leave some tokens out."""
+        names = (field.name for field in dataclasses.fields(Targets))
         return Targets(
-            old_logprobs=torch.where(response_mask, self.old_logprobs[rows], 0.0),
-            old_values=torch.where(response_mask, self.old_values[rows], 0.0),
-            advantages=torch.where(response_mask, self.advantages[rows], 0.0),
-            returns=torch.where(response_mask, self.returns[rows], 0.0),
+            **{name: torch.where(mask, getattr(self, name)[rows], 0.0) for name in names}
         )
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
@@ -97,8 +98,8 @@ class RunDirectory:
 
     def write_step(self, report: StepReport) -> None:
         """Samples, clip statistics, events and, last, the metrics of an update."""
-        if report.samples:
-            self._write_samples(report)
+        self._write_rows("sample", report.step, "samples", report.samples)
+        self._write_rows("tokens", report.step, "tokens", report.tokens)
         for each in report.passes:
             self._write_pass(report.step, each)
         for event in report.events:
@@ -116,10 +117,12 @@ class RunDirectory:
             data=event.data,
         )
 
-    def write_checkpoint(self, step: int, folder: Path, manifest_sha256: str) -> None:
-        """A checkpoint that is complete on the disk."""
+    def write_checkpoint(
+        self, step: int, folder: Path, manifest_sha256: str, *, is_good: bool
+    ) -> None:
+        """A checkpoint that is complete on the disk, and whether the run was healthy then."""
         name = folder.relative_to(self._folder).as_posix()
-        self._write("checkpoint", step, path=name, manifest_sha256=manifest_sha256, good=True)
+        self._write("checkpoint", step, path=name, manifest_sha256=manifest_sha256, good=is_good)
         os.fsync(self._file.fileno())
 
     def write_final(self, step: int, folder: Path, manifest_sha256: str) -> None:
@@ -138,13 +141,20 @@ class RunDirectory:
             histogram=base64.b64encode(report.histogram).decode(),
         )
 
-    def _write_samples(self, report: StepReport) -> None:
-        path = self._folder / "samples" / f"{report.step}.jsonl.gz"
+    def _write_rows(
+        self, kind: str, step: int, folder: str, rows: Sequence[dict[str, Any]]
+    ) -> None:
+        """A file of rows, if there are any, complete before its line is written."""
+        if not rows:
+            return
+        path = self._folder / folder / f"{step}.jsonl.gz"
         path.parent.mkdir(exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in report.samples)
-        path.write_bytes(gzip.compress(text.encode(), mtime=0))
-        name = path.relative_to(self._folder).as_posix()
-        self._write("sample", report.step, path=name, rows=len(report.samples))
+        text = "".join(
+            json.dumps(_json_numbers(row), ensure_ascii=False, allow_nan=False) + "\n"
+            for row in rows
+        )
+        path.write_bytes(gzip.compress(text.encode("utf-8", "replace"), mtime=0))
+        self._write(kind, step, path=path.relative_to(self._folder).as_posix(), rows=len(rows))
 
     def _write(self, kind: str, step: int, **content: Any) -> None:
         self._line += 1

@@ -24,9 +24,13 @@ class Sampler:
     """Responses are cut at this length."""
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[EncodedPrompt], generator: torch.Generator) -> Samples:
-        """One response per prompt."""
-        tokens, attention_mask = self._left_padded(prompts)
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], generator: torch.Generator, *, group_size: int = 1
+    ) -> Samples:
+        """`group_size` responses per prompt; those of one prompt stand next to each other."""
+        groups = torch.arange(len(prompts), device=self.policy.device)
+        group_ids = groups.repeat_interleave(group_size)
+        tokens, attention_mask = (x[group_ids] for x in self._left_padded(prompts))
         responses, logprobs = self._decode(tokens, attention_mask, generator)
         response_mask = _until_first_stop(responses, self.policy.base.stop_ids)
         tokens = torch.cat([tokens, torch.where(response_mask, responses, self._pad_id)], dim=1)
@@ -37,6 +41,8 @@ class Sampler:
             behavior_logprobs=torch.where(response_mask, logprobs, 0.0),
             is_truncated=~_is_stop(responses, self.policy.base.stop_ids).any(dim=1),
             texts=self._decoded(responses, response_mask),
+            group_ids=group_ids,
+            adapter_version=self.policy.adapter_version,
         )
 
     @property
@@ -65,8 +71,8 @@ class Sampler:
         cache = None
         responses, logprobs = [], []
         for _ in range(self.max_response_tokens):
-            logits, cache = self.policy.step(tokens, attention_mask, positions, cache)
-            log_distribution = torch.log_softmax(logits / self.policy.temperature, dim=-1)
+            scores, cache = self.policy.step(tokens, attention_mask, positions, cache)
+            log_distribution = torch.log_softmax(scores, dim=-1)
             drawn = draw(log_distribution.exp(), generator)
             responses.append(drawn)
             logprobs.append(log_distribution.gather(1, drawn[:, None]).squeeze(1))

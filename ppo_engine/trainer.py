@@ -1,26 +1,39 @@
 """The PPO loop: sample, score, estimate, learn, report."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_engine.advantages import gae
-from ppo_engine.config import TrainConfig
-from ppo_engine.kl import AdaptiveKl, FixedKl, KlController, k1
+from ppo_engine.advantages import gae, grpo, length_adaptive_lam, rloo
+from ppo_engine.config import AdvantageEstimator, TrainConfig
+from ppo_engine.errors import SelfCheckFailed
+from ppo_engine.health import Health, firing_event, self_check_event
+from ppo_engine.kl import AdaptiveKl, FixedKl, KlController, reward_kl
 from ppo_engine.layout import micro_batches
-from ppo_engine.masking import standardize
-from ppo_engine.measurements import mean, rollout_values, sample_rows, update_values
-from ppo_engine.policy import Evaluation, Policy
+from ppo_engine.losses import importance_weights
+from ppo_engine.masking import standardize, zero_outside
+from ppo_engine.measurements import kept_responses, mean, rollout_values, update_values
+from ppo_engine.policy import Estimates, Policy
 from ppo_engine.prompts import EncodedPrompt, PromptStream
 from ppo_engine.reports import EngineEvent, StepReport
-from ppo_engine.rewards import RunningStd, shape_scores, token_rewards
+from ppo_engine.rewards import (
+    RunningStd,
+    bootstrap_truncated,
+    overlong_penalty,
+    shape_scores,
+    token_rewards,
+)
 from ppo_engine.rollout import Rollout, Samples
 from ppo_engine.sampling import Sampler
 from ppo_engine.scoring import Scorer, checked_scores
-from ppo_engine.update import KlStop, Updater, make_optimizer
+from ppo_engine.selfcheck import self_check
+from ppo_engine.snapshot import take_snapshot
+from ppo_engine.update import EarlyEnd, Updater, UpdateResult, make_optimizer
 
 
 @dataclass(slots=True)
@@ -77,41 +90,72 @@ class Trainer:
             "sampling": torch.Generator().manual_seed(seed),
             "shuffling": torch.Generator().manual_seed(seed + 1),
         }
+        self.health = Health(config)
         self._seed = seed
         self._scorer = scorer
         self._validation = validation[: config.eval_samples]
         self._sampler = Sampler(policy=policy, max_response_tokens=config.max_response_tokens)
 
+    @property
+    def finished_steps(self) -> int:
+        """Updates done."""
+        return self.progress.step
+
     def steps(self) -> Iterator[StepReport]:
         """A report per update, until `total_steps`; stop iterating to stop the run."""
+        if self.health.can_roll_back and self.health.last_good is None:
+            self.health.last_good = take_snapshot(self, step=self.progress.step)
         while self.progress.step < self.config.total_steps:
             yield self._update()
 
     def _update(self) -> StepReport:
         watch = Stopwatch()
-        prompts = self.prompts.next_batch(self.config.batch_size)
-        samples = self._sampler.sample(prompts, self.generators["sampling"])
+        prompts, samples = self._sample()
         watch.lap("sample")
         scores = self._score(prompts, samples)
         watch.lap("score")
         rollout = self._estimate(samples, scores)
         watch.lap("estimate")
+        events = self._check_before_the_first(rollout)
+        watch.lap("check")
         result = self.updater.learn(
-            rollout, step=self.progress.step + 1, generator=self.generators["shuffling"]
+            rollout,
+            step=self.progress.step + 1,
+            kl_coef=self.kl_controller.coef,
+            generator=self.generators["shuffling"],
         )
         watch.lap("learn")
-        values = rollout_values(rollout) | update_values(rollout, result, self.optimizer)
-        values["kl_coef"] = self.kl_controller.coef
+        values = self._values(rollout, result)
+        kept = kept_responses(
+            prompts,
+            rollout,
+            result,
+            self.config,
+            generator=torch.Generator().manual_seed(self._seed + self.progress.step),
+            decode=lambda token: self.policy.base.tokenizer.decode([token]),
+        )
         self._advance(rollout, values["kl_reference_per_sequence"])
         values["valid_reward_mean"] = self._validate()
         watch.lap("validate")
+        values |= self._effort(rollout, watch)
+        judgement = self.health.judge(self, values, result)
         return StepReport(
             step=self.progress.step,
-            values=values | self._effort(rollout, watch),
+            values=values,
             passes=result.passes,
-            events=() if result.kl_stop is None else (_kl_stop_event(result.kl_stop),),
-            samples=sample_rows(prompts, rollout, self.config.stored_samples),
+            events=(*events, *_events_of(result), *judgement.events),
+            samples=kept.samples,
+            tokens=kept.tokens,
+            wants_pause=judgement.wants_pause,
         )
+
+    def _sample(self) -> tuple[list[EncodedPrompt], Samples]:
+        """The step's responses, and the prompt of each of them."""
+        prompts = self.prompts.next_batch(self.config.batch_size)
+        samples = self._sampler.sample(
+            prompts, self.generators["sampling"], group_size=self.config.group_size
+        )
+        return [prompts[group] for group in samples.group_ids.tolist()], samples
 
     def _score(self, prompts: Sequence[EncodedPrompt], samples: Samples) -> Tensor:
         """Raw rewards, [B]."""
@@ -120,68 +164,120 @@ class Trainer:
 
     def _estimate(self, samples: Samples, scores: Tensor) -> Rollout:
         """Old and reference log-probabilities, token rewards, advantages and returns."""
-        config = self.config
-        shaped = shape_scores(
-            self._scaled(scores),
-            samples.is_truncated,
-            missing_stop_penalty=config.missing_stop_penalty,
-        )
+        config, mask = self.config, samples.response_mask
+        shaped, limited = self._shaped(scores, samples)
         if self.progress.step == 0:
             self.policy.start_value_head_at(shaped.mean().item())
         old = self._evaluate(samples)
-        with self.policy.reference():
-            reference = self._evaluate(samples)
-        rewards = token_rewards(
-            shaped,
-            k1(old.logprobs - reference.logprobs),
-            samples.response_mask,
-            kl_coef=self.kl_controller.coef,
-        )
-        raw_advantages = gae(
-            rewards, old.values, samples.response_mask, gamma=config.gamma, lam=config.lam
-        )
-        advantages = raw_advantages
+        rewards = self._token_rewards(shaped, old, samples)
+        raw = raw_advantages(rewards, old, samples, config)
+        loss_mask = mask & ~samples.is_truncated[:, None] if config.mask_truncated else mask
+        advantages = raw.advantages
         if config.standardize_advantages:
-            advantages = standardize(raw_advantages, samples.response_mask)
+            advantages = standardize(advantages, loss_mask)
+        weights = mask.float()
+        if config.importance_weight_cap is not None:
+            weights = importance_weights(
+                old.logprobs, samples.behavior_logprobs, mask, cap=config.importance_weight_cap
+            )
         return Rollout(
             samples=samples,
             old_logprobs=old.logprobs,
-            kl_reference_logprobs=reference.logprobs,
+            kl_reference_logprobs=old.kl_reference_logprobs,
+            kl_exact=old.kl_exact,
             old_values=old.values,
             entropy=old.entropy,
             scores=scores,
+            rewards=rewards,
             advantages=advantages,
-            returns=raw_advantages + old.values,
-            raw_advantage_std=raw_advantages[samples.response_mask].std(correction=0).item(),
+            returns=raw.returns,
+            importance_weights=weights,
+            loss_mask=loss_mask,
+            raw_advantage_std=raw.advantages[mask].std(correction=0).item(),
+            limited_score_fraction=limited,
+            adapter_version=self.policy.adapter_version,
         )
 
-    def _scaled(self, scores: Tensor) -> Tensor:
-        """Scores in units of their running standard deviation, these included."""
-        if self.config.reward_scaling == "none":
-            return scores
-        self.reward_std.update(scores)
-        return self.reward_std.scale(scores)
+    def _shaped(self, scores: Tensor, samples: Samples) -> tuple[Tensor, float]:
+        """Scores as the learner sees them, and the share of them that scaling had to bound."""
+        config = self.config
+        limited = 0.0
+        shaped = scores
+        if config.reward_scaling == "running_std":
+            self.reward_std.update(scores)
+            limited = self.reward_std.is_limited(scores).float().mean().item()
+            shaped = self.reward_std.scale(scores)
+        shaped = shape_scores(
+            shaped, samples.is_truncated, missing_stop_penalty=config.missing_stop_penalty
+        )
+        if config.overlong_buffer is not None:
+            shaped = shaped + overlong_penalty(
+                samples.response_mask.sum(dim=1),
+                max_response_tokens=config.max_response_tokens,
+                buffer_tokens=config.overlong_buffer.tokens,
+                penalty=config.overlong_buffer.penalty,
+            )
+        return shaped, limited
+
+    def _token_rewards(self, shaped: Tensor, old: Estimates, samples: Samples) -> Tensor:
+        """Score, KL penalty if it belongs here, and the value of going on where length cut."""
+        config, mask = self.config, samples.response_mask
+        penalty = torch.zeros_like(old.logprobs)
+        if config.kl_placement == "reward":
+            to_reference = old.logprobs - old.kl_reference_logprobs
+            penalty = reward_kl(config.kl_estimator, to_reference, old.kl_exact)
+        rewards = token_rewards(shaped, penalty, mask, kl_coef=self.kl_controller.coef)
+        if not config.bootstrap_truncated:
+            return rewards
+        return bootstrap_truncated(
+            rewards, old.last_values, samples.is_truncated, mask, gamma=config.gamma
+        )
 
     @torch.no_grad()
-    def _evaluate(self, samples: Samples) -> Evaluation:
+    def _evaluate(self, samples: Samples) -> Estimates:
         """All responses, in the micro-batches of the passes that will follow."""
         rows = torch.arange(len(samples.tokens), device=samples.tokens.device)
         parts = []
         for batch in micro_batches(rows, self.config.micro_batch_size):
-            evaluation = self.policy.evaluate(
+            estimates = self.policy.estimate(
                 samples.tokens[batch.rows],
                 samples.attention_mask[batch.rows],
-                samples.response_mask[batch.rows],
+                samples.response_mask[batch.rows] & batch.is_real[:, None],
             )
-            parts.append([tensor[batch.is_real] for tensor in evaluation])
-        return Evaluation(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            parts.append([tensor[batch.is_real] for tensor in estimates])
+        return Estimates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def _check_before_the_first(self, rollout: Rollout) -> tuple[EngineEvent, ...]:
+        """The self-check, before the run's first update; SelfCheckFailed if it finds a fault."""
+        if self.progress.step > 0:
+            return ()
+        generator = torch.Generator().manual_seed(self._seed + 2)
+        found = self_check(self.policy, rollout, self.config, generator=generator)
+        self.health.noise_limit = max(self.health.noise_limit, found.noise)
+        event = self_check_event(found)
+        if found.failures:
+            raise SelfCheckFailed(f"{event.message} (measured: {json.dumps(found.numbers)})")
+        return (event,)
+
+    def _values(self, rollout: Rollout, result: UpdateResult) -> dict[str, float | None]:
+        """Every metric of the update but its effort and the validation."""
+        adapter, critic = self.optimizer.param_groups
+        return {
+            **rollout_values(rollout),
+            **update_values(rollout, result, self.config),
+            "kl_coef": self.kl_controller.coef,
+            "learning_rate": adapter["lr"],
+            "value_learning_rate": critic["lr"] if self.config.has_critic else None,
+            "noise_limit": self.health.noise_limit,
+        }
 
     def _advance(self, rollout: Rollout, kl_per_sequence: float | None) -> None:
         """Count the update, and let the KL coefficient follow what it measured."""
         if kl_per_sequence is not None:
             self.kl_controller.update(kl_per_sequence, len(rollout.scores))
         self.progress.step += 1
-        response_tokens = int(rollout.samples.response_mask.sum())
+        mask = rollout.samples.response_mask
+        response_tokens = int(mask.sum())
         self.progress.response_tokens += response_tokens
         self.progress.prompt_tokens += int(rollout.samples.attention_mask.sum()) - response_tokens
 
@@ -211,6 +307,40 @@ class Trainer:
         }
 
 
+class RawAdvantages(NamedTuple):
+    """Before they are standardized; [B, T] each, zero outside the response."""
+
+    advantages: Tensor
+    returns: Tensor
+    """The critic's targets; zeros without a critic."""
+
+
+def raw_advantages(
+    rewards: Tensor, old: Estimates, samples: Samples, config: TrainConfig
+) -> RawAdvantages:
+    """Advantages by the run's estimator, from token rewards [B, T].
+
+    Returns are A + V with A as GAE gives it, under λ of the critic where it has one of its own.
+    """
+    mask = samples.response_mask
+    match config.advantage_estimator:
+        case AdvantageEstimator.GAE:
+            lam = length_adaptive_lam(mask) if isinstance(config.lam, str) else config.lam
+            advantages = gae(rewards, old.values, mask, gamma=config.gamma, lam=lam)
+            for_critic = advantages
+            if config.lambda_value is not None:
+                for_critic = gae(
+                    rewards, old.values, mask, gamma=config.gamma, lam=config.lambda_value
+                )
+            return RawAdvantages(advantages, for_critic + old.values)
+        case AdvantageEstimator.RLOO:
+            of_rows = rloo(rewards.sum(dim=1), samples.group_ids)
+        case AdvantageEstimator.GRPO:
+            of_rows = grpo(rewards.sum(dim=1), samples.group_ids)
+    advantages = zero_outside(of_rows[:, None].expand_as(rewards), mask)
+    return RawAdvantages(advantages, torch.zeros_like(rewards))
+
+
 def _kl_controller(config: TrainConfig) -> KlController:
     match config.kl_controller:
         case "fixed":
@@ -223,21 +353,27 @@ def _kl_controller(config: TrainConfig) -> KlController:
             )
 
 
-def _kl_stop_event(stop: KlStop) -> EngineEvent:
+def _events_of(result: UpdateResult) -> tuple[EngineEvent, ...]:
+    """What ended the update early, or left out a pass."""
+    ends = () if result.early_end is None else (_early_end_event(result.early_end),)
+    return (*ends, *map(firing_event, result.firings))
+
+
+def _early_end_event(end: EarlyEnd) -> EngineEvent:
     return EngineEvent(
         level="info",
         code="guard.fired",
         message=(
-            f"update KL {stop.update_kl_k3:.4f} exceeded {stop.threshold:.4f} (1.5 × target_kl) "
-            f"in epoch {stop.epoch}, minibatch {stop.minibatch}: this pass and the rest of the "
+            f"update KL {end.value:.4f} exceeded {end.threshold:.4f} (1.5 × target_kl) "
+            f"in epoch {end.epoch}, minibatch {end.minibatch}: this pass and the rest of the "
             "step were left out"
         ),
         data={
-            "guard": "target_kl",
+            "guard": end.guard,
             "action": "stop_epochs",
-            "epoch": stop.epoch,
-            "minibatch": stop.minibatch,
-            "update_kl_k3": stop.update_kl_k3,
-            "threshold": stop.threshold,
+            "epoch": end.epoch,
+            "minibatch": end.minibatch,
+            "update_kl_k3": end.value,
+            "threshold": end.threshold,
         },
     )

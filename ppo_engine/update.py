@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ppo_engine.clip_stats import PassStatistics
 from ppo_engine.config import TrainConfig
 from ppo_engine.errors import NonfiniteLoss
+from ppo_engine.guards import Firing, pass_action
+from ppo_engine.kl import loss_kl
 from ppo_engine.layout import MicroBatch, micro_batches
 from ppo_engine.losses import clipped_value_error, log_ratio, surrogate_terms
 from ppo_engine.masking import row_weights, weighted_sum
@@ -32,12 +34,15 @@ MAX_SKIPPED_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KlStop:
-    """A pass drifted too far, so it and the rest of the update were left out."""
+class EarlyEnd:
+    """A pass went too far, so it and the rest of the update were left out."""
 
+    guard: str
+    """`target_kl`, or the metric of a user's rule."""
     epoch: int
     minibatch: int
-    update_kl_k3: float
+    value: float
+    """The metric in that pass."""
     threshold: float
 
 
@@ -47,34 +52,58 @@ class UpdateResult:
 
     passes: tuple[PassReport, ...]
     """In order; each measured before its optimizer step."""
-    kl_stop: KlStop | None
-    """Set if `target_kl` ended the update early."""
-    policy_loss: float
-    """-Σ w·J, mean over the passes."""
-    value_loss: float
-    """Σ w·value error, mean over the passes."""
+    early_end: EarlyEnd | None
+    """Set if the update was ended early."""
+    firings: tuple[Firing, ...]
+    """What rules about single passes did."""
+    losses: "PassLosses"
+    """The parts of the loss, mean over the passes; CPU."""
+    last: "LastLook"
+    """The responses as the last passes saw them."""
 
 
 class PassLosses(NamedTuple):
     """The parts of a loss, each already summed with its weights."""
 
     policy: Tensor
+    """−Σ w·J."""
     value: Tensor
+    """Σ w·value error."""
     entropy: Tensor
+    """Σ w·H."""
+    kl: Tensor
+    """β·Σ w·KL term; 0 where KL is in the reward."""
 
     def total(self, config: TrainConfig) -> Tensor:
         """What is minimised (PPO, arXiv:1707.06347, eq. 9, with signs turned)."""
-        return self.policy + config.value_coef * self.value - config.entropy_coef * self.entropy
+        return (
+            self.policy
+            + config.value_coef * self.value
+            - config.entropy_coef * self.entropy
+            + self.kl
+        )
 
     def detached(self) -> "PassLosses":
         """The same numbers, free of their graph."""
         return PassLosses(*(part.detach() for part in self))
 
 
+class LastLook(NamedTuple):
+    """Each response as the last pass that contained it measured it."""
+
+    logprobs: Tensor
+    """[B, T] fp32."""
+    epoch: Tensor
+    """[B] int64; −1 where no pass was reached."""
+    minibatch: Tensor
+    """[B] int64."""
+
+
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over adapter and value head, a group each; rates are set before every update."""
     groups = [
         {"params": list(policy.adapter_parameters().values()), "lr": config.learning_rate},
+        # Empty without a critic.
         {"params": list(policy.value_parameters().values()), "lr": config.value_learning_rate},
     ]
     return torch.optim.AdamW(
@@ -111,38 +140,54 @@ class Updater:
         self._config = config
         self.skipped_in_a_row = 0
         """Passes skipped since the last good one."""
+        self.learning_rate_scale = 1.0
+        """Factor on both learning rates; guards lower it."""
 
-    def learn(self, rollout: Rollout, *, step: int, generator: torch.Generator) -> UpdateResult:
+    def learn(
+        self, rollout: Rollout, *, step: int, kl_coef: float, generator: torch.Generator
+    ) -> UpdateResult:
         """All passes of update `step` (from 1), or fewer if the policy drifts too far."""
         self._prepare(step)
         passes: list[PassReport] = []
-        losses: list[tuple[float, float]] = []
-        kl_stop = None
+        losses: list[PassLosses] = []
+        firings: list[Firing] = []
+        early_end = None
+        last = _nothing_seen(rollout)
         for epoch, minibatch, rows in self._walks(len(rollout.scores), generator):
-            report, parts = self._pass(rollout, rows, epoch=epoch, minibatch=minibatch)
-            losses.append((parts.policy.item(), parts.value.item()))
-            kl_stop = self._kl_stop(report)
-            if kl_stop is not None:
-                passes.append(dataclasses.replace(report, skipped=True))
-                break
+            plan = _Pass(rollout, rows, epoch, minibatch, kl_coef, last)
+            report, parts = self._pass(plan)
+            losses.append(parts)
+            early_end = self._early_end(report)
+            skips = pass_action(self._config.guards, report.values) if early_end is None else None
+            if skips is not None:
+                firings.append(skips)
+            if early_end is not None or skips is not None:
+                report = dataclasses.replace(report, skipped=True)
             passes.append(report)
-            self._step(report)
+            if early_end is not None or (skips is not None and skips.action == "stop_epochs"):
+                break
+            if skips is None:
+                self._step(report)
         self._optimizer.zero_grad()
-        policy_losses, value_losses = zip(*losses, strict=True)
         return UpdateResult(
             passes=tuple(passes),
-            kl_stop=kl_stop,
-            policy_loss=sum(policy_losses) / len(losses),
-            value_loss=sum(value_losses) / len(losses),
+            early_end=early_end,
+            firings=tuple(firings),
+            losses=_mean_losses(losses),
+            last=last,
         )
+
+    def is_adapter_frozen(self, step: int) -> bool:
+        """Whether update `step` trains the critic alone."""
+        return step <= self._config.critic_warmup_steps and self._config.has_critic
 
     def _prepare(self, step: int) -> None:
         """Rates of this update; during the critic's warm-up the adapter stays as it is."""
-        factor = learning_rate_factor(self._config, step)
-        adapter, value_head = self._optimizer.param_groups
+        factor = learning_rate_factor(self._config, step) * self.learning_rate_scale
+        adapter, critic = self._optimizer.param_groups
         adapter["lr"] = factor * self._config.learning_rate
-        value_head["lr"] = factor * self._config.value_learning_rate
-        self._policy.set_adapter_trainable(trainable=step > self._config.critic_warmup_steps)
+        critic["lr"] = factor * self._config.value_learning_rate
+        self._policy.set_adapter_trainable(trainable=not self.is_adapter_frozen(step))
 
     def _walks(self, rows: int, generator: torch.Generator) -> list[tuple[int, int, Tensor]]:
         """Epoch, minibatch and rows of every pass: each epoch a new order of all rows."""
@@ -154,62 +199,60 @@ class Updater:
             )
         ]
 
-    def _pass(
-        self, rollout: Rollout, rows: Tensor, *, epoch: int, minibatch: int
-    ) -> tuple[PassReport, PassLosses]:
+    def _pass(self, plan: "_Pass") -> tuple[PassReport, PassLosses]:
         """Gradients of one minibatch, left in place, and what it looked like."""
         config = self._config
         self._optimizer.zero_grad()
-        weights = torch.zeros(len(rollout.scores), dtype=torch.float64, device=rows.device)
-        weights[rows] = row_weights(
-            rollout.samples.response_mask[rows],
-            config.loss_aggregation,
-            max_response_tokens=config.max_response_tokens,
-        )
         statistics = PassStatistics(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
             value_clip_range=config.value_clip_range,
+            importance_weight_cap=config.importance_weight_cap,
         )
+        weights = plan.row_weights(config)
         parts = [
-            self._backward(rollout, batch, weights, statistics)
-            for batch in micro_batches(rows, config.micro_batch_size)
+            self._backward(plan, batch, weights, statistics)
+            for batch in micro_batches(plan.rows, config.micro_batch_size)
         ]
         losses = PassLosses(*(torch.stack(terms).sum() for terms in zip(*parts, strict=True)))
         grad_norm = self._clipped_gradient_norm()
         is_finite = math.isfinite(grad_norm) and math.isfinite(losses.total(config).item())
         report = statistics.report(
-            epoch=epoch,
-            minibatch=minibatch,
+            epoch=plan.epoch,
+            minibatch=plan.minibatch,
             grad_norm=grad_norm,
             max_grad_norm=config.max_grad_norm,
-            skipped=not is_finite or statistics.log_ratio_clamped_count > 0,
+            skipped=not is_finite,
         )
         return report, losses
 
     def _backward(
-        self, rollout: Rollout, batch: MicroBatch, weights: Tensor, statistics: PassStatistics
+        self, plan: "_Pass", batch: MicroBatch, weights: Tensor, statistics: PassStatistics
     ) -> PassLosses:
         """Adds this micro-batch's gradient and counts its tokens; its share of each loss."""
-        response_mask = rollout.samples.response_mask[batch.rows] & batch.is_real[:, None]
+        rollout = plan.rollout
+        mask = rollout.loss_mask[batch.rows] & batch.is_real[:, None]
         current = self._policy.evaluate(
-            rollout.samples.tokens[batch.rows],
-            rollout.samples.attention_mask[batch.rows],
-            response_mask,
+            rollout.samples.tokens[batch.rows], rollout.samples.attention_mask[batch.rows], mask
         )
-        targets = rollout.targets(batch.rows, response_mask)
-        losses = pass_losses(current, targets, response_mask, weights[batch.rows], self._config)
+        targets = rollout.targets(batch.rows, mask)
+        losses = pass_losses(
+            current, targets, mask, weights[batch.rows], self._config, kl_coef=plan.kl_coef
+        )
         losses.total(self._config).backward()
         statistics.add(
-            logprobs=current.logprobs,
+            logprobs=current.logprobs.detach(),
             old_logprobs=targets.old_logprobs,
             advantages=targets.advantages,
-            response_mask=response_mask,
-            values=current.values,
+            response_mask=mask,
+            values=current.values.detach(),
             old_values=targets.old_values,
             returns=targets.returns,
+            rows=batch.rows,
+            importance_weights=targets.importance_weights,
         )
+        plan.note(batch, current.logprobs.detach())
         return losses.detached()
 
     def _clipped_gradient_norm(self) -> float:
@@ -218,7 +261,7 @@ class Updater:
         norm = nn.utils.clip_grad_norm_(trained, self._config.max_grad_norm)
         return norm.item()
 
-    def _kl_stop(self, report: PassReport) -> KlStop | None:
+    def _early_end(self, report: PassReport) -> EarlyEnd | None:
         """Set if this pass has drifted beyond 1.5 times `target_kl`; its gradient is dropped."""
         if self._config.target_kl is None:
             return None
@@ -226,17 +269,21 @@ class Updater:
         threshold = TARGET_KL_TOLERANCE * self._config.target_kl
         if drift is None or drift <= threshold:
             return None
-        return KlStop(
+        return EarlyEnd(
+            guard="target_kl",
             epoch=report.epoch,
             minibatch=report.minibatch,
-            update_kl_k3=drift,
+            value=drift,
             threshold=threshold,
         )
 
     def _step(self, report: PassReport) -> None:
-        """One optimizer step, unless the pass must be skipped."""
+        """One optimizer step, unless the pass must be skipped or has no tokens to learn from."""
+        if report.sums.tokens == 0:
+            return
         if not report.skipped:
             self._optimizer.step()
+            self._policy.adapter_version += 1
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
@@ -247,16 +294,58 @@ class Updater:
             )
 
 
+class _Pass(NamedTuple):
+    """One optimizer step: its rows, and where its findings go."""
+
+    rollout: Rollout
+    rows: Tensor
+    epoch: int
+    minibatch: int
+    kl_coef: float
+    last: LastLook
+
+    def row_weights(self, config: TrainConfig) -> Tensor:
+        """Weight of a token by row of the whole rollout, [B]; 0 for rows of other passes."""
+        weights = torch.zeros(
+            len(self.rollout.scores), dtype=torch.float64, device=self.rows.device
+        )
+        weights[self.rows] = row_weights(
+            self.rollout.loss_mask[self.rows],
+            config.loss_aggregation,
+            max_response_tokens=config.max_response_tokens,
+        )
+        return weights
+
+    def note(self, batch: MicroBatch, logprobs: Tensor) -> None:
+        """Keep what a micro-batch saw of its rows."""
+        rows = batch.rows[batch.is_real]
+        self.last.logprobs[rows] = logprobs[batch.is_real]
+        self.last.epoch[rows] = self.epoch
+        self.last.minibatch[rows] = self.minibatch
+
+
+def _nothing_seen(rollout: Rollout) -> LastLook:
+    nowhere = torch.full((len(rollout.scores),), -1, device=rollout.scores.device)
+    return LastLook(torch.zeros_like(rollout.old_logprobs), nowhere, nowhere.clone())
+
+
+def _mean_losses(losses: list[PassLosses]) -> PassLosses:
+    return PassLosses(*(torch.stack(part).mean().cpu() for part in zip(*losses, strict=True)))
+
+
 def pass_losses(
     current: Evaluation,
     targets: Targets,
     response_mask: Tensor,
     row_weights: Tensor,
     config: TrainConfig,
+    *,
+    kl_coef: float,
 ) -> PassLosses:
     """The weighted sums of one micro-batch; those of a pass add up to its loss."""
+    drift = log_ratio(current.logprobs, targets.old_logprobs)
     surrogate = surrogate_terms(
-        log_ratio(current.logprobs, targets.old_logprobs),
+        drift,
         targets.advantages,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
@@ -265,8 +354,19 @@ def pass_losses(
     value = clipped_value_error(
         current.values, targets.old_values, targets.returns, clip_range=config.value_clip_range
     )
+    weighted = targets.importance_weights * surrogate.objective
     return PassLosses(
-        policy=-weighted_sum(surrogate.objective, response_mask, row_weights),
+        policy=-weighted_sum(weighted, response_mask, row_weights),
         value=weighted_sum(value.error, response_mask, row_weights),
         entropy=weighted_sum(current.entropy, response_mask, row_weights),
+        kl=kl_coef
+        * weighted_sum(_kl_term(current, targets, drift, config), response_mask, row_weights),
     )
+
+
+def _kl_term(current: Evaluation, targets: Targets, drift: Tensor, config: TrainConfig) -> Tensor:
+    """The penalty in the loss per token; zeros where it is in the reward."""
+    if config.kl_placement == "reward":
+        return torch.zeros_like(drift)
+    to_reference = current.logprobs - targets.kl_reference_logprobs
+    return loss_kl(config.kl_estimator, to_reference, drift)

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_engine.config import LoraConfig, LossAggregation, TrainConfig
+from ppo_engine.config import (
+    AdvantageEstimator,
+    Critic,
+    KlEstimator,
+    LoraConfig,
+    LossAggregation,
+    TrainConfig,
+)
+from ppo_engine.guards import GuardConfig
 from ppo_engine.policy import BaseModel, Policy
 from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rows import Prompt
@@ -17,15 +25,25 @@ TINY_CONFIG = TrainConfig(
     dual_clip=None,
     value_clip_range=0.2,
     kl_coef=0.05,
+    kl_estimator=KlEstimator.K1,
+    kl_placement="reward",
     kl_controller="fixed",
     target_kl_per_sequence=6.0,
     kl_horizon=10_000,
     target_kl=None,
+    advantage_estimator=AdvantageEstimator.GAE,
+    group_size=1,
     gamma=1.0,
     lam=0.95,
+    lambda_value=None,
     standardize_advantages=True,
     reward_scaling="running_std",
     missing_stop_penalty=0.0,
+    overlong_buffer=None,
+    mask_truncated=False,
+    bootstrap_truncated=False,
+    importance_weight_cap=None,
+    critic=Critic.SHARED_HEAD,
     value_coef=0.1,
     entropy_coef=0.0,
     critic_warmup_steps=0,
@@ -50,6 +68,7 @@ TINY_CONFIG = TrainConfig(
     eval_interval=2,
     eval_samples=4,
     stored_samples=2,
+    guards=GuardConfig(preset="off", rules=()),
 )
 
 
@@ -78,7 +97,8 @@ def tiny_prompts(base: BaseModel, texts: Sequence[str] = ("Hi", "Why not?", "abc
 
 def tiny_policy(folder: Path, config: TrainConfig = TINY_CONFIG, *, seed: int = 0) -> Policy:
     base = BaseModel.load(folder, precision=config.precision, device="cpu")
-    return Policy(base, config.lora, temperature=config.temperature, seed=seed)
+    critic = config.critic if config.has_critic else None
+    return Policy(base, config.lora, temperature=config.temperature, seed=seed, critic=critic)
 
 
 def tiny_trainer(

@@ -332,7 +332,9 @@ class Supervisor:
         if end.code in ERROR_OF_EXIT_CODE:
             return self._fail(_error_of(end), exit_code=end.code)
         if end.code == STOPPED or self._asked is not None:
-            return self._release(end.reason, exit_code=end.code)
+            is_paused = end.reason == attempts.PAUSED_BY_GUARD
+            to = JobStatus.PAUSED if is_paused else JobStatus.QUEUED
+            return self._release(end.reason, exit_code=end.code, to=to)
         if end.code == OUT_OF_MEMORY:
             return self._retry_smaller(end)
         if end.code == FINISHED:
@@ -364,9 +366,13 @@ class Supervisor:
         ).scalar_one()
         return f"ft:{self._job.model}:{slug}:{self._job.suffix or ''}:{self._job.id.hex}"
 
-    def _release(self, reason: str, *, exit_code: int | None) -> Ended:
+    def _release(
+        self, reason: str, *, exit_code: int | None, to: JobStatus = JobStatus.QUEUED
+    ) -> Ended:
         ended = self._hold.write(
-            lambda tx: attempts.release(tx, self._hold.holder, reason=reason, exit_code=exit_code)
+            lambda tx: attempts.release(
+                tx, self._hold.holder, reason=reason, exit_code=exit_code, to=to
+            )
         )
         self._workspace.remove()
         return ended

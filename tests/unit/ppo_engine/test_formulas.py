@@ -91,8 +91,8 @@ MUTANTS = (
     ("rewards", "position == position[:, -1:]", "position == position[:, -1:] - 1"),
     (
         "rewards",
-        "is_last = response_mask & (position == position[:, -1:])",
-        "is_last = position == position.shape[1]",
+        "return response_mask & (position == position[:, -1:])",
+        "return position == position.shape[1]",
     ),
     ("rewards", "return zero_outside(penalty", "return (penalty"),
     ("rewards", "scores - missing_stop_penalty, scores)", "scores, scores - missing_stop_penalty)"),

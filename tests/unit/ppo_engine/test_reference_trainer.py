@@ -19,8 +19,8 @@ class RecordingSampler:
         self._generator = generator
         self.last: Samples | None = None
 
-    def sample(self, prompts, generator: torch.Generator) -> Samples:
-        samples = self._sampler.sample(prompts, generator)
+    def sample(self, prompts, generator: torch.Generator, **settings) -> Samples:
+        samples = self._sampler.sample(prompts, generator, **settings)
         if generator is self._generator:  # not validation
             self.last = samples
         return samples

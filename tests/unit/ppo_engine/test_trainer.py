@@ -111,8 +111,8 @@ def test_target_kl_ends_the_passes_and_drops_the_gradient_that_went_too_far(tiny
     assert all(p.values["update_kl_k3"] <= 1.5e-6 for p in report.passes[:-1])
     head = next(iter(trainer.policy.value_parameters().values()))
     assert trainer.optimizer.state[head]["step"] == len(report.passes) - 1
-    assert [event.code for event in report.events] == ["guard.fired"]
-    assert report.events[0].data["epoch"] == stopped.epoch
+    fired = [event for event in report.events if event.code == "guard.fired"]
+    assert [event.data["epoch"] for event in fired] == [stopped.epoch]
     assert [p.skipped for p in report.passes] == [False] * (len(report.passes) - 1) + [True]
 
 
@@ -124,13 +124,14 @@ def test_without_a_target_kl_no_pass_is_left_out(tiny_model):
 
 def test_a_lasting_nonfinite_loss_ends_the_run_and_touches_no_weight(tiny_model):
     trainer = tiny_trainer(tiny_model)
+    steps = trainer.steps()
+    next(steps)
     before = _weights(trainer)
-    list(zip(range(0), trainer.steps(), strict=False))
     with torch.no_grad():
         trainer.policy.value_head.weight.fill_(math.inf)
 
     with pytest.raises(NonfiniteLoss, match="3 passes in a row"):
-        next(trainer.steps())
+        next(steps)
 
     assert all(torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))
 
