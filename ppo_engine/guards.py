@@ -106,7 +106,7 @@ class GuardConfig:
         try:
             rules = tuple(GuardRule(**rule) for rule in fields["rules"])
             return cls(**{**fields, "rules": rules})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise _invalid(f"cannot be read: {error}") from error
 
     @property
