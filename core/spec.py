@@ -1,20 +1,18 @@
-"""What a user asks for: the job request, its bounds and defaults, and the values it resolves to.
+"""What a user asks for: the job request, and the values it resolves to.
 
-Bounds and defaults of every hyperparameter live here and nowhere else.
+Its hyperparameters have a module of their own.
 """
 
 import dataclasses
 import difflib
-import math
 import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -23,6 +21,21 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from core.errors import Fault, InvalidSpec
+from core.hyperparameters import (
+    CRITIC_ONLY,
+    POINTER,
+    SEED_BITS,
+    GuardRule,
+    Guards,
+    Lora,
+    Model,
+    OverlongBuffer,
+    PpoHyperparameters,
+    combination_faults,
+    context_faults,
+    final_values,
+    total_steps,
+)
 
 SPEC_VERSION = 1
 """Raised when stored specs have to be read in another way."""
@@ -33,164 +46,9 @@ REWARDS = ("sentiment", "length", "regex")
 METHODS = ("ppo",)
 """Methods on offer."""
 
-_AUTO = "auto"
-_MICRO_BATCH = 8
 _SERVED_RANK = 16
 _MAX_DEPTH = 16
 _READS_SAMPLE = re.compile(r"\{\{\s*sample\.")
-_SEED_BITS = 31
-
-LossAggregationName = Literal[
-    "token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_token_sum",
-    "sequence_mean_token_sum_norm",
-]
-
-
-def _say_auto_in_schema(schema: dict[str, Any]) -> None:
-    """Every hyperparameter also takes "auto"; the schema says so."""
-    for name, field in schema.get("properties", {}).items():
-        about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-        options = field.pop("anyOf", None) or [dict(field)]
-        schema["properties"][name] = {
-            **about,
-            "anyOf": [*options, {"const": _AUTO, "type": "string"}],
-        }
-
-
-class Model(BaseModel):
-    """A part of a request: unknown fields refused, types taken literally, `null` means absent."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        frozen=True,
-        hide_input_in_errors=True,
-        use_attribute_docstrings=True,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        """Drop nulls where null means nothing; a field that may be null keeps it."""
-        if not isinstance(data, Mapping):
-            return data
-        return {name: value for name, value in data.items() if not cls._is_absent(name, value)}
-
-    @classmethod
-    def _is_absent(cls, name: str, value: Any) -> bool:
-        if value is not None:
-            return False
-        known = {field.alias or own: field for own, field in cls.model_fields.items()}
-        field = known.get(name)
-        return field is not None and type(None) not in get_args(field.annotation)
-
-
-class Lora(Model):
-    """The adapter: which linear layers it changes, and how large it is."""
-
-    rank: int = Field(16, ge=1, le=256)
-    """Inner dimension; more can express more and costs more."""
-    alpha: float = Field(32, gt=0, le=1024)
-    """Scale: the adapter's output is multiplied by alpha / rank."""
-    target_modules: Literal["auto"] | Annotated[list[str], Field(min_length=1, max_length=64)] = (
-        "auto"
-    )
-    """Names of linear layers; "auto" takes all except the output head."""
-
-
-class PpoHyperparameters(Model):
-    """Settings of PPO; each takes "auto", which is its default."""
-
-    model_config = ConfigDict(json_schema_extra=_say_auto_in_schema)
-
-    clip_range: float = Field(0.2, gt=0, lt=1)
-    """The ratio of new to old probability is kept in [1 - x, 1 + x]; usual is 0.1 to 0.3."""
-    clip_range_high: float | None = Field(None, gt=0, le=10)
-    """Upper bound 1 + x instead, to let rare tokens rise more (0.28); null: as `clip_range`."""
-    dual_clip: float | None = Field(None, gt=1, le=100)
-    """At a negative advantage A the objective is at least x·A (usual 3); null: off."""
-    value_clip_range: float | None = Field(0.2, gt=0, le=100)
-    """How far a pass may move the critic from its old value; null: off."""
-    kl_coef: float = Field(0.05, ge=0, le=10)
-    """Penalty per nat of divergence from the base model; more stays closer."""
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
-    """Whether `kl_coef` stays, or follows `target_kl_per_sequence`."""
-    target_kl_per_sequence: float = Field(6.0, gt=0, le=1000)
-    """What the adaptive controller aims at, in nats per response."""
-    kl_horizon: int = Field(10_000, ge=1)
-    """Responses over which the controller moves `kl_coef` by about a fifth; fewer react faster."""
-    target_kl: float | None = Field(0.02, gt=0, le=10)
-    """Old-to-current divergence per token at 1.5 times which a step's passes end; null: never."""
-    gamma: float = Field(1.0, gt=0, le=1)
-    """Discount per token."""
-    lambda_: float = Field(0.95, ge=0, le=1, alias="lambda")
-    """GAE: 0 trusts the critic, 1 the sampled return."""
-    standardize_advantages: bool = True
-    """Whether advantages get mean 0 and variance 1 over the rollout."""
-    reward_scaling: Literal["none", "running_std"] = "running_std"
-    """Whether rewards are divided by their running standard deviation."""
-    missing_stop_penalty: float = Field(0.0, ge=0, le=100)
-    """Taken off the reward of a response that was cut by length."""
-    value_coef: float = Field(0.1, ge=0, le=10)
-    """Weight of the critic's loss."""
-    entropy_coef: float = Field(0.0, ge=0, le=1)
-    """Weight of the entropy bonus; more keeps answers varied."""
-    critic_warmup_steps: int = Field(1, ge=0, le=1000)
-    """Leading steps in which only the critic learns."""
-    batch_size: int = Field(32, ge=1, le=4096)
-    """Prompts per step."""
-    epochs: int = Field(2, ge=1, le=20)
-    """Walks over the rollout in each step."""
-    minibatches: int = Field(4, ge=1, le=64)
-    """Passes in each walk; divides `batch_size`."""
-    n_epochs: int = Field(1, ge=1, le=100)
-    """Walks over the prompts in the whole run."""
-    max_steps: int | None = Field(None, ge=1, le=1_000_000)
-    """Steps of the whole run; with `n_epochs` the smaller wins."""
-    micro_batch_size: int = Field(_MICRO_BATCH, ge=1)
-    """Responses per forward and backward; changes memory and speed, not the result."""
-    loss_aggregation: LossAggregationName = "token_mean"
-    """How much one token weighs."""
-    learning_rate: float = Field(3e-5, gt=0, le=0.1)
-    """Rate of the adapter."""
-    value_learning_rate: float = Field(3e-4, gt=0, le=0.1)
-    """Rate of the critic."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of both rates after the warm-up."""
-    warmup_fraction: float = Field(0.05, ge=0, le=1)
-    """Share of the run in which both rates rise from 0."""
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    """Decoupled decay of AdamW."""
-    max_grad_norm: float = Field(1.0, gt=0, le=1000)
-    """Norm to which a larger gradient is scaled down."""
-    max_prompt_tokens: int = Field(512, ge=1, le=32_768)
-    """Longer prompts are refused."""
-    max_response_tokens: int = Field(128, ge=1, le=16_384)
-    """Responses are cut at this length."""
-    temperature: float = Field(1.0, gt=0, le=2)
-    """Of sampling and of every log-probability."""
-    lora: Lora = Field(default_factory=Lora)
-    """The adapter."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the frozen base model."""
-    seed: int | None = Field(None, ge=0, le=2**_SEED_BITS - 1)
-    """The job's seed may stand here too; if both are given they must be equal."""
-    checkpoint_interval: int = Field(10, ge=1)
-    """Steps between checkpoints."""
-    eval_interval: int = Field(10, ge=1)
-    """Steps between evaluations on the validation prompts."""
-    eval_samples: int = Field(32, ge=1)
-    """Validation prompts per evaluation."""
-    stored_samples: int = Field(8, ge=0, le=256)
-    """Responses per step kept as text."""
-
-    @classmethod
-    def _is_absent(cls, name: str, value: Any) -> bool:
-        is_auto = isinstance(value, str) and value == _AUTO
-        return is_auto or super()._is_absent(name, value)
 
 
 class Reward(Model):
@@ -302,7 +160,7 @@ class JobSpec(Model):
     """How to train."""
     suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     """Part of the name of the result."""
-    seed: int | None = Field(None, ge=0, le=2**_SEED_BITS - 1)
+    seed: int | None = Field(None, ge=0, le=2**SEED_BITS - 1)
     """Same seed, same run; drawn and shown when absent."""
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     """Your own labels."""
@@ -384,15 +242,12 @@ def resolve(
     InvalidSpec if prompt and response cannot fit the model's context.
     """
     ppo = spec.ppo
-    if context_length is not None:
-        _check_context(ppo, context_length)
-    values = ppo.model_dump(mode="json", by_alias=True)
-    chosen = _first_given(spec.seed, ppo.seed, seed, secrets.randbelow(2**_SEED_BITS))
+    if context_length is not None and (faults := context_faults(ppo, context_length)):
+        raise InvalidSpec(faults=faults)
+    values = final_values(ppo)
+    chosen = _first_given(spec.seed, ppo.seed, seed, secrets.randbelow(2**SEED_BITS))
     values["seed"] = chosen
-    values["clip_range_high"] = _first_given(ppo.clip_range_high, ppo.clip_range)
-    values["precision"] = "fp32" if ppo.precision == _AUTO else ppo.precision
-    values["micro_batch_size"] = min(ppo.micro_batch_size, ppo.batch_size // ppo.minibatches)
-    total = _total_steps(ppo, prompts)
+    total = total_steps(ppo, prompts)
     values["max_steps"] = total
     return Resolved(hyperparameters=values, reward=spec.reward, seed=int(chosen), total_steps=total)
 
@@ -406,67 +261,15 @@ def _first_given(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _total_steps(ppo: PpoHyperparameters, prompts: int) -> int:
-    """Steps of the run: `max_steps` alone decides; together with `n_epochs` the smaller wins."""
-    by_walks = math.ceil(ppo.n_epochs * prompts / ppo.batch_size)
-    if ppo.max_steps is None:
-        return max(1, by_walks)
-    return min(ppo.max_steps, by_walks) if "n_epochs" in ppo.model_fields_set else ppo.max_steps
-
-
-_PPO = "/method/ppo/hyperparameters"
-
-
-def _check_context(ppo: PpoHyperparameters, context_length: int) -> None:
-    wanted = ppo.max_prompt_tokens + ppo.max_response_tokens
-    if wanted <= context_length:
-        return
-    detail = (
-        f"max_prompt_tokens + max_response_tokens is {wanted}, but the model's context holds "
-        f"{context_length} tokens"
-    )
-    names = ("max_prompt_tokens", "max_response_tokens")
-    raise InvalidSpec(
-        faults=[Fault(f"{_PPO}/{name}", "invalid_combination", detail) for name in names]
-    )
-
-
 def _combinations(spec: JobSpec) -> Iterator[Fault]:
     """Faults of fields that are fine alone; one fault for each side."""
-    ppo = spec.ppo
-    if ppo.batch_size % ppo.minibatches:
+    yield from combination_faults(spec.ppo)
+    if None not in (spec.seed, spec.ppo.seed) and spec.seed != spec.ppo.seed:
         detail = (
-            f"minibatches ({ppo.minibatches}) must divide batch_size ({ppo.batch_size}); "
-            f"{_nearest_divisor(ppo.batch_size, ppo.minibatches)} would"
+            f"two seeds: {spec.seed} for the job, {spec.ppo.seed} in its hyperparameters; give one"
         )
-        yield Fault(f"{_PPO}/minibatches", "invalid_combination", detail)
-        yield Fault(f"{_PPO}/batch_size", "invalid_combination", detail)
-    upper = _first_given(ppo.clip_range_high, ppo.clip_range)
-    if ppo.dual_clip is not None and ppo.dual_clip <= 1 + upper:
-        side = "clip_range" if ppo.clip_range_high is None else "clip_range_high"
-        detail = f"dual_clip must be above 1 + {side} = {1 + upper:g}, got {ppo.dual_clip:g}"
-        yield Fault(f"{_PPO}/dual_clip", "invalid_combination", detail)
-        yield Fault(f"{_PPO}/{side}", "invalid_combination", detail)
-    if ppo.kl_controller == "adaptive" and ppo.kl_horizon < ppo.batch_size:
-        detail = (
-            f"an adaptive coefficient needs a kl_horizon of at least batch_size "
-            f"({ppo.batch_size}), got {ppo.kl_horizon}: it could jump past zero"
-        )
-        yield Fault(f"{_PPO}/kl_horizon", "invalid_combination", detail)
-        yield Fault(f"{_PPO}/batch_size", "invalid_combination", detail)
-    if ppo.kl_controller == "adaptive" and ppo.kl_coef == 0:
-        detail = "an adaptive kl_coef cannot start at 0, where it would stay; give a positive one"
-        yield Fault(f"{_PPO}/kl_controller", "invalid_combination", detail)
-        yield Fault(f"{_PPO}/kl_coef", "invalid_combination", detail)
-    if None not in (spec.seed, ppo.seed) and spec.seed != ppo.seed:
-        detail = f"two seeds: {spec.seed} for the job, {ppo.seed} in its hyperparameters; give one"
         yield Fault("/seed", "conflicting_parameters", detail)
-        yield Fault(f"{_PPO}/seed", "conflicting_parameters", detail)
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [d for d in range(1, min(number, 64) + 1) if number % d == 0]
-    return min(divisors, key=lambda divisor: abs(divisor - wanted))
+        yield Fault(f"{POINTER}/seed", "conflicting_parameters", detail)
 
 
 def _unstorable(data: object) -> Iterator[Fault]:
@@ -523,7 +326,7 @@ def _unsupported(data: object) -> Iterator[Fault]:
     for name in _FIXED_SAMPLING:
         if _child(_child(ppo, "hyperparameters"), name) is not None:
             yield Fault(
-                f"{_PPO}/{name}",
+                f"{POINTER}/{name}",
                 "unsupported_parameter",
                 f"{name} would make the sampled and the trained distribution differ; "
                 "use temperature",
@@ -553,6 +356,14 @@ def _notices(spec: JobSpec) -> Iterator[Notice]:
             param="method.ppo.hyperparameters.epochs",
             message="with one pass per step the ratio is always 1 and nothing is ever clipped; "
             "raise epochs or minibatches",
+        )
+    ignored = CRITIC_ONLY & spec.ppo.model_fields_set
+    if spec.ppo.advantage_estimator != "gae" and ignored:
+        names = ", ".join(sorted(name.rstrip("_") for name in ignored))
+        yield Notice(
+            code="setting_ignored",
+            param="method.ppo.hyperparameters.advantage_estimator",
+            message=f"{spec.ppo.advantage_estimator} has no critic, so nothing reads {names}",
         )
     if not _READS_SAMPLE.search(spec.method.ppo.reward.input):
         yield Notice(
@@ -616,7 +427,9 @@ def _is_branch(part: int | str) -> bool:
     """Whether pydantic added this to the path: the tag of a union, or a type in brackets."""
     if not isinstance(part, str):
         return False
-    return part in {*REWARDS, "[key]"} or part.startswith(("list[", "literal[", "function-"))
+    return part in {*REWARDS, "[key]", "number", "word"} or part.startswith(
+        ("list[", "literal[", "function-")
+    )
 
 
 def _escape(part: int | str) -> str:
@@ -663,11 +476,14 @@ _FIELDS: dict[tuple[str, ...], type[BaseModel]] = {
     ("method", "ppo"): PpoMethod,
     ("method", "ppo", "hyperparameters"): PpoHyperparameters,
     ("method", "ppo", "hyperparameters", "lora"): Lora,
+    ("method", "ppo", "hyperparameters", "guards"): Guards,
+    ("method", "ppo", "hyperparameters", "guards", "rules"): GuardRule,
+    ("method", "ppo", "hyperparameters", "overlong_buffer"): OverlongBuffer,
 }
 
 
 def _fields_at(location: list[int | str]) -> list[str]:
-    place = tuple(str(part) for part in location)
+    place = tuple(part for part in location if isinstance(part, str))
     if place == ("method", "ppo", "reward"):
         models: list[type[BaseModel]] = [SentimentReward, LengthReward, RegexReward]
     else:

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -20,6 +21,7 @@ from core.db import Database
 from migrations import commands
 from migrations.roles import API_ROLE, WORKER_ROLE
 from tests.factories import Tenant, make_tenant
+from tests.tiny_model import make_tiny_model
 from trimtab.embedded import EmbeddedServers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads
@@ -180,3 +182,9 @@ def redis_url(servers: Servers) -> str:
     with redis.Redis.from_url(servers.redis_admin_url) as admin:
         admin.flushdb()
     return servers.redis_url
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that trains in seconds."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

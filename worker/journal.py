@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from core.events import EventCode, Level, NewClipPass, NewEvent, NewMetric
 from worker.errors import BrokenTrainer
@@ -21,12 +21,13 @@ LONGEST_LINE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleFile:
-    """A file of stored rollouts lies ready."""
+class RowsFile:
+    """A file of stored responses, or of their tokens, lies ready."""
 
     line: int
     step: int
     path: str
+    kind: Literal["sample", "tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class FinalFolder:
     manifest_sha256: str
 
 
-Entry = NewMetric | NewClipPass | NewEvent | SampleFile | CheckpointFolder | FinalFolder
+Entry = NewMetric | NewClipPass | NewEvent | RowsFile | CheckpointFolder | FinalFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,8 @@ def _parse_fields(fields: Mapping[str, Any]) -> Entry:
                 message=str(fields["message"]),
                 data=dict(fields["data"]),
             )
-        case "sample":
-            return SampleFile(line=line, step=step, path=_inside(fields["path"]))
+        case "sample" | "tokens" as kind:
+            return RowsFile(line=line, step=step, path=_inside(fields["path"]), kind=kind)
         case "checkpoint":
             return CheckpointFolder(
                 line=line,

@@ -30,7 +30,7 @@ from ppo_engine.errors import EngineError
 from worker import translate
 from worker.errors import BrokenTrainer, DatabaseGone, Unusable
 from worker.hold import NO_ANSWER, Hold
-from worker.journal import Batch, CheckpointFolder, FinalFolder, Journal, SampleFile
+from worker.journal import Batch, CheckpointFolder, FinalFolder, Journal, RowsFile
 from worker.settings import WorkerSettings
 from worker.stream import FeedStream
 from worker.trainer_process import TrainerEnd, TrainerProcess
@@ -274,7 +274,7 @@ class Supervisor:
             passes=tuple(one for one in entries if isinstance(one, NewClipPass)),
         )
         samples = [
-            self._workspace.publish_sample(one) for one in entries if isinstance(one, SampleFile)
+            self._workspace.publish_rows(one) for one in entries if isinstance(one, RowsFile)
         ]
         return self._hold.tell(report, samples)
 

@@ -27,7 +27,7 @@ from core.files import StoredFile
 from core.rows import Checkpoint, Job
 from core.storage import ArtifactStore, Stored, open_below
 from worker.errors import BrokenTrainer
-from worker.journal import CheckpointFolder, FinalFolder, SampleFile
+from worker.journal import CheckpointFolder, FinalFolder, RowsFile
 
 MANIFEST = "manifest.json"
 ADAPTER_FOLDER = PurePosixPath("adapter")
@@ -142,12 +142,12 @@ class Workspace:
             step=told.step, uri=uri, manifest_sha256=told.manifest_sha256, bytes=size
         )
 
-    def publish_sample(self, told: SampleFile) -> NewArtifact:
-        """A file of stored rollouts."""
+    def publish_rows(self, told: RowsFile) -> NewArtifact:
+        """A file of stored responses, or of their tokens."""
         stored = self._put(f"{self._prefix}/{told.path}", PurePosixPath(told.path))
         return NewArtifact(
             path=told.path,
-            role="sample",
+            role=told.kind,
             media_type="application/gzip",
             uri=stored.key,
             sha256=stored.sha256,

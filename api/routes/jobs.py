@@ -36,6 +36,7 @@ from core.spec import JobSpec, notices, parse_spec, resolve
 from core.states import FINAL, JobStatus
 from ppo_engine.errors import InvalidConfig
 from ppo_engine.graders.catalog import build_grader
+from ppo_engine.guards import GuardRule
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 
@@ -61,6 +62,7 @@ def create_job(
     identity = identify(request, caller, payload)
     spec = parse_spec(payload)
     check_reward(spec)
+    check_guards(spec)
 
     with services.database.begin() as tx:
         answer = once(tx, identity, lambda: _store_job(tx, services, caller, spec))
@@ -76,6 +78,16 @@ def check_reward(spec: JobSpec) -> None:
     except InvalidConfig as error:
         param = f"method.ppo.{error.param or 'reward'}"
         raise ApiError("invalid_grader", error.message, param=param) from None
+
+
+def check_guards(spec: JobSpec) -> None:
+    """Refuse rules over metrics that do not exist, or that no pass has."""
+    for index, rule in enumerate(spec.ppo.guards.rules):
+        try:
+            GuardRule(**rule.model_dump())
+        except InvalidConfig as error:
+            param = f"method.ppo.hyperparameters.guards.rules.{index}"
+            raise ApiError("invalid_value", error.message, param=param) from None
 
 
 def _store_job(tx: Connection, services: Services, caller: Caller, spec: JobSpec) -> schemas.Job:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import Fault, InvalidSpec
+from core.hyperparameters import PpoHyperparameters
 from core.spec import (
     JobSpec,
-    PpoHyperparameters,
     Resolved,
     notices,
     parse_spec,
@@ -56,15 +56,25 @@ DEFAULTS: dict[str, Any] = {
     "dual_clip": None,
     "value_clip_range": 0.2,
     "kl_coef": 0.05,
+    "kl_estimator": "k1",
+    "kl_placement": "reward",
     "kl_controller": "fixed",
     "target_kl_per_sequence": 6,
     "kl_horizon": 10000,
     "target_kl": 0.02,
+    "advantage_estimator": "gae",
+    "group_size": 1,
     "gamma": 1,
     "lambda": 0.95,
+    "lambda_value": None,
     "standardize_advantages": True,
     "reward_scaling": "running_std",
     "missing_stop_penalty": 0,
+    "overlong_buffer": None,
+    "mask_truncated": False,
+    "bootstrap_truncated": False,
+    "importance_weight_cap": None,
+    "critic": "shared_head",
     "value_coef": 0.1,
     "entropy_coef": 0,
     "critic_warmup_steps": 1,
@@ -91,6 +101,7 @@ DEFAULTS: dict[str, Any] = {
     "eval_interval": 10,
     "eval_samples": 32,
     "stored_samples": 8,
+    "guards": {"preset": "standard", "rules": []},
 }
 
 # name: (just inside low, just outside low, just inside high, just outside high)
@@ -105,7 +116,10 @@ BOUNDS: dict[str, tuple[Any, Any, Any, Any]] = {
     "kl_horizon": (1, 0, 10**9, None),
     "target_kl": (TINY, 0, 10, 10 + TINY),
     "gamma": (TINY, 0, 1, 1 + TINY),
+    "group_size": (1, 0, 64, 65),
     "lambda": (0, -TINY, 1, 1 + TINY),
+    "lambda_value": (0, -TINY, 1, 1 + TINY),
+    "importance_weight_cap": (TINY, 0, 100, 100 + TINY),
     "missing_stop_penalty": (0, -TINY, 100, 100 + TINY),
     "value_coef": (0, -TINY, 10, 10 + TINY),
     "entropy_coef": (0, -TINY, 1, 1 + TINY),
@@ -131,6 +145,10 @@ BOUNDS: dict[str, tuple[Any, Any, Any, Any]] = {
     "stored_samples": (0, -1, 256, 257),
 }
 CHOICES = {
+    "kl_estimator": ["k1", "k2", "k3", "exact"],
+    "kl_placement": ["reward", "loss"],
+    "advantage_estimator": ["gae", "rloo", "grpo"],
+    "critic": ["shared_head", "detached_head", "adapter"],
     "kl_controller": ["fixed", "adaptive"],
     "reward_scaling": ["none", "running_std"],
     "loss_aggregation": [
@@ -142,13 +160,17 @@ CHOICES = {
     "lr_schedule": ["constant", "linear", "cosine"],
     "precision": ["fp32", "bf16"],
 }
-NULLABLE = {"clip_range_high", "dual_clip", "value_clip_range", "target_kl", "max_steps", "seed"}
+NULLABLE = {
+    *("clip_range_high", "dual_clip", "value_clip_range", "target_kl", "max_steps", "seed"),
+    *("lambda_value", "overlong_buffer", "importance_weight_cap"),
+}
 FIELDS = {field.alias or name for name, field in PpoHyperparameters.model_fields.items()}
 
 
 def test_every_hyperparameter_is_listed_here() -> None:
     assert set(DEFAULTS) == FIELDS
-    assert set(BOUNDS) | set(CHOICES) | {"standardize_advantages", "lora"} == FIELDS
+    others = {"standardize_advantages", "lora", "mask_truncated", "bootstrap_truncated"}
+    assert set(BOUNDS) | set(CHOICES) | others | {"overlong_buffer", "guards"} == FIELDS
 
 
 @pytest.mark.parametrize("body", [spec_dict(), spec_dict(**dict.fromkeys(DEFAULTS, "auto"))])
@@ -200,7 +222,7 @@ def test_a_choice_takes_what_is_listed_and_lists_it_otherwise(name: str) -> None
     assert all(option in fault.detail for option in CHOICES[name])
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS - {"lora"}))
+@pytest.mark.parametrize("name", sorted(FIELDS - {"lora", "guards", "overlong_buffer"}))
 @pytest.mark.parametrize("value", [[], {}, "text", math.nan, math.inf])
 def test_a_wrong_type_is_refused_at_its_place(name: str, value: object) -> None:
     fault = only_fault(spec_dict(**{name: value}))
@@ -656,3 +678,113 @@ def test_the_schema_says_auto_and_describes_every_field() -> None:
         "exclusiveMaximum": 1,
     }
     assert ppo["clip_range"]["default"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("gae", (1, 0.05, True, "running_std")),
+        ("rloo", (4, 0.05, False, "none")),
+        ("grpo", (8, 0.0, False, "none")),
+    ],
+)
+def test_defaults_follow_the_estimator(estimator: str, expected: tuple[Any, ...]) -> None:
+    values = resolve(parse_spec(spec_dict(advantage_estimator=estimator)), prompts=8)
+
+    names = ("group_size", "kl_coef", "standardize_advantages", "reward_scaling")
+    assert tuple(values.hyperparameters[name] for name in names) == expected
+
+
+def test_what_is_given_wins_over_the_estimators_defaults() -> None:
+    given = {"group_size": 2, "kl_coef": 0.3, "standardize_advantages": True}
+
+    values = resolve(parse_spec(spec_dict(advantage_estimator="grpo", **given)), prompts=8)
+
+    assert {name: values.hyperparameters[name] for name in given} == given
+
+
+def test_a_penalty_in_the_loss_is_k2_unless_said_otherwise() -> None:
+    in_loss = resolve(parse_spec(spec_dict(kl_placement="loss")), prompts=8)
+    said = resolve(parse_spec(spec_dict(kl_placement="loss", kl_estimator="k3")), prompts=8)
+
+    assert in_loss.hyperparameters["kl_estimator"] == "k2"
+    assert said.hyperparameters["kl_estimator"] == "k3"
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "names"),
+    [
+        ({"advantage_estimator": "rloo", "group_size": 1}, ["group_size", "advantage_estimator"]),
+        (
+            {"advantage_estimator": "grpo", "bootstrap_truncated": True},
+            ["bootstrap_truncated", "advantage_estimator"],
+        ),
+        ({"kl_placement": "loss", "kl_estimator": "k1"}, ["kl_estimator", "kl_placement"]),
+        ({"kl_placement": "loss", "kl_estimator": "exact"}, ["kl_estimator", "kl_placement"]),
+        ({"batch_size": 3, "group_size": 3, "minibatches": 2}, ["minibatches", "batch_size"]),
+        (
+            {"max_response_tokens": 8, "overlong_buffer": {"tokens": 9, "penalty": 1}},
+            ["overlong_buffer/tokens", "max_response_tokens"],
+        ),
+        (
+            {
+                "guards": {
+                    "rules": [
+                        {"signal": "entropy", "warn": 1.0, "critical": 1.0, "action": "pause"}
+                    ]
+                }
+            },
+            ["guards/rules/0/warn", "guards/rules/0/critical"],
+        ),
+        (
+            {"kl_controller": "adaptive", "advantage_estimator": "grpo"},
+            ["kl_controller", "kl_coef"],
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(
+    hyperparameters: dict[str, Any], names: list[str]
+) -> None:
+    faults = faults_of(spec_dict(**hyperparameters))
+
+    assert [fault.pointer for fault in faults] == [f"{PPO}/{name}" for name in names]
+    assert {fault.code for fault in faults} == {"invalid_combination"}
+
+
+def test_passes_may_share_the_responses_of_groups() -> None:
+    values = resolve(parse_spec(spec_dict(batch_size=3, group_size=4, minibatches=6)), prompts=8)
+
+    assert values.hyperparameters["micro_batch_size"] == 2
+
+
+def test_lambda_takes_a_number_or_a_word() -> None:
+    parse_spec(spec_dict(**{"lambda": "length_adaptive"}))
+
+    fault = only_fault(spec_dict(**{"lambda": "adaptive"}))
+
+    assert (fault.pointer, fault.code) == (f"{PPO}/lambda", "invalid_value")
+    assert "length_adaptive" in fault.detail
+
+
+@pytest.mark.parametrize(
+    ("guards", "place"),
+    [
+        ({"preset": "hard"}, "preset"),
+        ({"rules": [{}]}, "rules/0/signal"),
+        (
+            {"rules": [{"signal": "entropy", "warn": 0.0, "critical": 1.0, "action": "shout"}]},
+            "rules/0/action",
+        ),
+        ({"rule": []}, "rule"),
+    ],
+)
+def test_faults_of_guards_are_found_where_they_stand(guards: dict[str, Any], place: str) -> None:
+    assert faults_of(spec_dict(guards=guards))[0].pointer == f"{PPO}/guards/{place}"
+
+
+def test_settings_that_only_a_critic_reads_are_named_without_one() -> None:
+    body = spec_dict(advantage_estimator="rloo", value_coef=0.5, **{"lambda": 0.9})
+
+    (notice,) = [one for one in notices(parse_spec(body)) if one.code == "setting_ignored"]
+
+    assert "lambda, value_coef" in notice.message

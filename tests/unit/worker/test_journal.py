@@ -8,7 +8,7 @@ import pytest
 
 from core.events import EventCode, NewClipPass, NewEvent, NewMetric
 from worker.errors import BrokenTrainer
-from worker.journal import CheckpointFolder, FinalFolder, Journal, SampleFile, parse_line
+from worker.journal import CheckpointFolder, FinalFolder, Journal, RowsFile, parse_line
 
 METRICS = {"kind": "metrics", "step": 1, "at": 1.5, "values": {"reward_mean": 0.5, "entropy": None}}
 CHECKPOINT = {
@@ -115,9 +115,10 @@ def test_each_kind_becomes_its_row() -> None:
         message="m",
         data={"a": 1},
     )
-    assert parse_line(line_of(kind="sample", path="samples/3.jsonl.gz")) == SampleFile(
-        line=1, step=3, path="samples/3.jsonl.gz"
-    )
+    for kind in ("sample", "tokens"):
+        assert parse_line(line_of(kind=kind, path="samples/3.jsonl.gz")) == RowsFile(
+            line=1, step=3, path="samples/3.jsonl.gz", kind=kind
+        )
 
 
 @pytest.mark.parametrize(

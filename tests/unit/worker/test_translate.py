@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from core.spec import PpoHyperparameters, Resolved, parse_spec, resolve
+from core.hyperparameters import PpoHyperparameters
+from core.spec import Resolved, parse_spec, resolve
 from ppo_engine.config import TrainConfig
 from tests.factories import spec_dict
 from worker.translate import RENAMED, RunInputs, engine_config, run_file, spec_param
@@ -17,15 +18,25 @@ CHANGES: dict[str, Any] = {
     "dual_clip": 3.0,
     "value_clip_range": 0.4,
     "kl_coef": 0.2,
+    "kl_estimator": "k2",
+    "kl_placement": "loss",
     "kl_controller": "adaptive",
     "target_kl_per_sequence": 3.0,
     "kl_horizon": 500,
     "target_kl": 0.5,
+    "advantage_estimator": "grpo",
+    "group_size": 2,
     "gamma": 0.9,
     "lambda": 0.8,
+    "lambda_value": 1.0,
     "standardize_advantages": False,
     "reward_scaling": "none",
     "missing_stop_penalty": 1.0,
+    "overlong_buffer": {"tokens": 4, "penalty": 1.0},
+    "mask_truncated": True,
+    "bootstrap_truncated": True,
+    "importance_weight_cap": 2.0,
+    "critic": "adapter",
     "value_coef": 0.5,
     "entropy_coef": 0.01,
     "critic_warmup_steps": 3,
@@ -52,6 +63,7 @@ CHANGES: dict[str, Any] = {
     "eval_interval": 3,
     "eval_samples": 3,
     "stored_samples": 3,
+    "guards": {"preset": "strict"},
 }
 
 
