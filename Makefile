@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
+DIFFERENTIAL := $(VENV)/differential
 PACKAGES := api core migrations ppo_engine trimtab worker
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check fix bench up clean
+.PHONY: help setup demo test test-unit check fix bench differential up clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Make the virtual environment
 
@@ -41,6 +42,9 @@ fix: $(INSTALLED) ## Format, and repair what is safe to repair
 bench: $(INSTALLED) $(MODEL) ## Time the training step
 	$(BIN)/python benchmarks/step.py --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
 
+differential: $(DIFFERENTIAL)/.installed ## Ask public PPO implementations for the numbers that tests compare ours with
+	TRL_EXPERIMENTAL_SILENCE=1 $(DIFFERENTIAL)/bin/python tests/differential/generate.py
+
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
@@ -53,4 +57,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(MODEL): $(INSTALLED)
 	$(BIN)/trimtab models fetch smollm2-135m-instruct
+	@touch $@
+
+$(DIFFERENTIAL)/.installed: tests/differential/requirements.txt tests/differential/requirements-without-dependencies.txt
+	$(PYTHON) -m venv $(DIFFERENTIAL)
+	$(DIFFERENTIAL)/bin/pip install --quiet --disable-pip-version-check -r $<
+	$(DIFFERENTIAL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r $(word 2,$^)
 	@touch $@
