@@ -233,13 +233,17 @@ class Policy(CausalPolicy):
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the model is the frozen reference: the base with the adapter off."""
-        with self.model.disable_adapter():
-            yield
+        trained = self._trainable()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            _restore_trainable(trained)
 
     @contextmanager
     def _critics_adapter(self) -> Iterator[None]:
         """Inside, the critic's adapter is in use; what may be trained stays as it was."""
-        trained = {p: p.requires_grad for _, p in self.model.named_parameters()}
+        trained = self._trainable()
         self.model.set_adapter(_CRITIC)
         _restore_trainable(trained)
         try:
@@ -247,6 +251,9 @@ class Policy(CausalPolicy):
         finally:
             self.model.set_adapter(_POLICY)
             _restore_trainable(trained)
+
+    def _trainable(self) -> dict[nn.Parameter, bool]:
+        return {p: p.requires_grad for _, p in self.model.named_parameters()}
 
     def evaluate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Evaluation:
         """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in."""
@@ -335,7 +342,7 @@ def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
 
 
 def _restore_trainable(trained: dict[nn.Parameter, bool]) -> None:
-    """`set_adapter` also decides what may be trained; that is not its business here."""
+    """Switching adapters also decides what may be trained; that is not its business here."""
     for parameter, is_trained in trained.items():
         parameter.requires_grad_(is_trained)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_engine.config import TrainConfig
 from ppo_engine.layout import micro_batches
@@ -106,10 +106,11 @@ def _drift_without_learning(
 def _tensors_without_gradient(
     policy: Policy, rollout: Rollout, config: TrainConfig, generator: torch.Generator
 ) -> list[str]:
-    """Names of trainable tensors that no gradient reaches.
+    """Names of tensors to be trained that are frozen, or that no gradient reaches.
 
-    A fresh adapter's B and a fresh value head are zero, which hides the tensors behind them; so
-    they are shaken a little, and afterwards put back bit by bit.
+    The adapter's must come from the log-probabilities, the critic's from the values.  A fresh
+    adapter's B and a fresh value head are zero, which hides the tensors behind them; so they
+    are shaken a little, and afterwards put back bit by bit.
     """
     trained = policy.adapter_parameters() | policy.value_parameters()
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
@@ -126,19 +127,29 @@ def _tensors_without_gradient(
         current = policy.evaluate(
             rollout.samples.tokens[batch.rows], rollout.samples.attention_mask[batch.rows], mask
         )
-        total = current.logprobs.sum() + current.values.sum()
-        names = list(trained)
-        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
-        return [
-            name
-            for name, gradient in zip(names, gradients, strict=True)
-            if gradient is None or not bool(gradient.abs().sum() > 0)
-        ]
+        unreached = {
+            *_unreached(current.logprobs.sum(), policy.adapter_parameters()),
+            *_unreached(current.values.sum(), policy.value_parameters()),
+        }
+        return [name for name in trained if name in unreached or not was_trainable[name]]
     finally:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(before[name])
                 parameter.requires_grad_(was_trainable[name])
+
+
+def _unreached(total: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that have no gradient of the total."""
+    if not (parameters and total.requires_grad):
+        return list(parameters)
+    tensors = list(parameters.values())
+    gradients = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+    return [
+        name
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is None or not bool(gradient.abs().sum() > 0)
+    ]
 
 
 def _failures(numbers: dict[str, Any], config: TrainConfig) -> list[str]:
