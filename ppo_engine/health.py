@@ -160,7 +160,7 @@ class Health:
         generator = run.generators["sampling"]
         generator.manual_seed(generator.initial_seed() + _SEED_STRIDE)
         self._monitor.forget_recent()
-        self._guards.note_rollback(run.finished_steps)
+        self._guards.note_rollback(self.last_good.step)
         return {"to_step": self.last_good.step, **self._cut_learning_rate(run)}
 
     def state(self) -> dict[str, Any]:
