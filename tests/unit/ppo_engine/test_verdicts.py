@@ -109,7 +109,7 @@ def test_the_limit_of_noise_is_the_callers() -> None:
 def test_noise_in_bf16_suggests_fp32() -> None:
     passes = update(MOVING, first={"log_ratio": 0.2})
 
-    assert "fp32" in judge(passes, precision="bf16").suggestion
+    assert "Use precision fp32" in judge(passes, precision="bf16").suggestion
     assert "report it" in judge(passes, precision="fp32").suggestion
 
 
