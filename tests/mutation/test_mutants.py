@@ -1,7 +1,9 @@
 """Every fault of `mutants.py`, put into a copy of the engine, is noticed by the unit tests."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,10 +53,12 @@ def results(request: pytest.FixtureRequest) -> Iterator[Results]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     with runner:
         yield Results(runner)
-        runner.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(runner.pid, signal.SIGKILL)
 
 
 def is_fresh(name: str) -> bool:

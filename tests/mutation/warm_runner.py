@@ -113,9 +113,11 @@ def run_in_fork(name: str, mutant: Mutant | None, killers: list[str]) -> int:
             line["output"] = output.read_text(errors="replace")[-4000:]
     except BaseException:  # noqa: BLE001 - a fork never returns into its parent's code
         line["output"] = traceback.format_exc()
-    # One write: lines of two forks do not mix.
-    os.write(result, (json.dumps(line) + "\n").encode())
-    os._exit(0)
+    finally:
+        # One write, so that lines of two forks do not mix.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(result, (json.dumps(line) + "\n").encode())
+        os._exit(0)
 
 
 def main() -> None:
