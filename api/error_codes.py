@@ -78,6 +78,20 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "job_not_found": _missing("No such fine-tuning job"),
     "checkpoint_not_found": _missing("No such checkpoint"),
     "artifact_not_found": _missing("No such artifact"),
+    "sample_not_found": ErrorCode(
+        status=404,
+        title="No such sample among the stored tokens",
+        remedy="Take a `sample_id` from `GET J/clip/tokens` without one.",
+    ),
+    "token_table_not_found": ErrorCode(
+        status=404,
+        title="No tokens are stored of this step",
+        remedy="Leave `step` out for the newest step that has some; see `stored_samples`.",
+    ),
+    "token_table_too_large": _bad(
+        "The stored tokens of this step are too many to search",
+        "Download the file named in `detail`, or store fewer samples per step.",
+    ),
     "error_not_found": ErrorCode(
         status=404, title="No such error code", remedy="See the table in docs/api.md."
     ),

@@ -43,7 +43,8 @@ def unknown_parameter(name: str, known: Iterable[str], *, pointer: str) -> Fault
 
 def _fault(fault: Mapping[str, Any], names: Sequence[str]) -> Fault:
     pointer = "".join(f"/{part}" for part in fault["loc"])
-    name = str(fault["loc"][-1]) if fault["loc"] else "the value"
+    # A place in a list has no name of its own.
+    name = next((part for part in reversed(fault["loc"]) if isinstance(part, str)), "the value")
     if fault["type"] == "extra_forbidden":
         return unknown_parameter(name, names, pointer=pointer)
     if fault["type"] == "missing":
