@@ -15,7 +15,19 @@ from api.deps import Services, authenticator
 from api.errors import answer_error
 from api.feed_stream import OpenStreams
 from api.middleware import Gate, RequestLog
-from api.routes import artifacts, clip, files, health, jobs, models, stream, timeline
+from api.routes import (
+    artifacts,
+    clip,
+    clip_tokens,
+    diagnosis,
+    explain,
+    files,
+    health,
+    jobs,
+    models,
+    stream,
+    timeline,
+)
 from api.settings import ApiSettings
 from core.db import Database
 from core.errors import DomainError
@@ -26,7 +38,19 @@ VERSION = "0.1.0"
 STREAM_CONNECTIONS = 4
 """Connections, and threads, that all streams share."""
 
-ROUTERS = (health, jobs, timeline, clip, stream, artifacts, files, models)
+ROUTERS = (
+    health,
+    jobs,
+    timeline,
+    clip,
+    clip_tokens,
+    diagnosis,
+    explain,
+    stream,
+    artifacts,
+    files,
+    models,
+)
 
 
 def create_app(settings: ApiSettings) -> FastAPI:

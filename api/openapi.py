@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from api import schemas
 from api.errors import PROBLEM
+from api.explain_request import ExplainRequest
 from api.middleware import PUBLIC_PATHS
 from api.query import Query
 from api.query import query_parameters as parameters_of
@@ -86,7 +87,7 @@ def _build(app: FastAPI) -> Json:
     components = built.setdefault("components", {})
     for name in ("HTTPValidationError", "ValidationError"):
         components.get("schemas", {}).pop(name, None)
-    for model in (JobSpec, schemas.Problem):
+    for model in (JobSpec, ExplainRequest, schemas.Problem):
         _add_schema(components.setdefault("schemas", {}), model)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in built["paths"].items():

@@ -1,7 +1,7 @@
 """Reads that only the API needs, as small frozen values.  Nothing here writes."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from heapq import merge
@@ -13,11 +13,9 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, select, true
 
 from core import jobs, models
 from core.artifacts import ADAPTER_PATH, METRICS_PATH
-from core.events import FeedItem
+from core.events import EventCode, FeedItem
 from core.feed import (
-    ClipPass,
     MetricPoint,
-    clip_pass,
     event_item,
     is_visible,
     metric_item,
@@ -47,6 +45,8 @@ class JobFacts:
     queue_position: int | None
     result_files: Sequence[UUID]
     """Ids of `RESULT_PATHS`; empty before they exist."""
+    diagnosis: Mapping[str, Any] | None
+    """Data of the newest `diagnosis.changed`; None before any."""
 
 
 def facts_of(tx: Connection, found: Sequence[Job]) -> list[JobFacts]:
@@ -56,6 +56,7 @@ def facts_of(tx: Connection, found: Sequence[Job]) -> list[JobFacts]:
     recent = _recent_metrics(tx, ids)
     resumed = _resumed_from(tx, ids)
     results = _result_files(tx, ids)
+    diagnoses = _diagnoses(tx, ids)
     return [
         JobFacts(
             now=clock,
@@ -63,6 +64,7 @@ def facts_of(tx: Connection, found: Sequence[Job]) -> list[JobFacts]:
             resumed_from_step=resumed.get((job.id, job.attempt)),
             queue_position=jobs.queue_position(tx, job),
             result_files=results[job.id],
+            diagnosis=diagnoses.get(job.id),
         )
         for job in found
     ]
@@ -103,6 +105,19 @@ def _result_files(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, list[UUID]]
     for row in sorted(rows, key=lambda row: RESULT_PATHS.index(row.path)):
         found[row.job_id].append(row.id)
     return found
+
+
+def _diagnoses(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
+    table, job = models.job_event, models.job
+    last = (
+        select(table.c.job_id, table.c.data)
+        .where(table.c.job_id == job.c.id, table.c.code == EventCode.DIAGNOSIS_CHANGED.value)
+        .order_by(table.c.seq.desc())
+        .limit(1)
+        .lateral()
+    )
+    rows = tx.execute(select(last).select_from(job).join(last, true()).where(job.c.id.in_(ids)))
+    return {row.job_id: row.data for row in rows}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,55 +192,20 @@ def metrics_at(
     return {(attempt, step): values for attempt, step, values in rows}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRange:
-    """Steps, both ends included; None is open."""
-
-    first: int | None
-    last: int | None
-
-
-def clip_places(
-    tx: Connection,
-    job_id: UUID,
-    steps: StepRange,
-    *,
-    after: int | None,
-    limit: int,
-    order: Order,
-) -> list[Place]:
-    """Where visible clip statistics are, by step."""
-    table = models.clip_pass
-    step = table.c.step
+def first_and_last_metrics(
+    tx: Connection, job_id: UUID, *, first: int, last: int, to_step: int | None
+) -> list[MetricPoint]:
+    """The visible values of the run's first steps and of the last ones up to a step, by step."""
+    table = models.metric
     conditions = [table.c.job_id == job_id, is_visible(table)]
-    conditions += [] if steps.first is None else [step >= steps.first]
-    conditions += [] if steps.last is None else [step <= steps.last]
-    if after is not None:
-        conditions.append(step < after if order == "desc" else step > after)
-    rows = tx.execute(
-        select(table.c.attempt, step)
-        .distinct()
-        .where(*conditions)
-        .order_by(step.desc() if order == "desc" else step)
-        .limit(limit)
-    )
-    return [(row.attempt, row.step) for row in rows]
-
-
-def clip_passes_at(
-    tx: Connection, job_id: UUID, places: Sequence[Place]
-) -> dict[Place, list[ClipPass]]:
-    """All passes of some places, by epoch and minibatch."""
-    table = models.clip_pass
-    rows = tx.execute(
-        select(table)
-        .where(table.c.job_id == job_id, tuple_(table.c.attempt, table.c.step).in_(list(places)))
-        .order_by(table.c.step, table.c.epoch, table.c.minibatch)
-    )
-    found: dict[Place, list[ClipPass]] = defaultdict(list)
-    for row in rows:
-        found[row.attempt, row.step].append(clip_pass(row))
-    return found
+    conditions += [] if to_step is None else [table.c.step <= to_step]
+    chosen = select(table).where(*conditions)
+    rows = [
+        *tx.execute(chosen.order_by(table.c.step).limit(first)),
+        *tx.execute(chosen.order_by(table.c.step.desc()).limit(last)),
+    ]
+    points = {point.step: point for point in map(metric_point, rows)}
+    return [points[step] for step in sorted(points)]
 
 
 def fine_tuned_jobs(tx: Connection, tenant_id: UUID) -> list[Job]:

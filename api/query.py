@@ -6,18 +6,22 @@ repetition is understood too.  `null` means absent.
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import pydantic
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from api.errors import bad_request
 from api.faults import faults_of, unknown_parameter
 from api.strict_json import check_texts
 from core.errors import Fault
 from core.states import JobStatus
+from ppo_engine.explain import TokenClass
 
+_DualClip = Annotated[float, Field(gt=1, le=100)] | Literal["off"] | None
 _MAP_KEY = re.compile(r"(\w+)\[([^\]]+)\]")
 
 
@@ -90,8 +94,88 @@ class MetricsQuery(StepsQuery):
 class ClipQuery(PageQuery, StepsQuery):
     """Which clip updates to list."""
 
-    detail: Literal["summary", "passes"] = Field(
-        "summary", description="Merged over the step, or also each epoch and minibatch."
+    detail: Literal["summary", "passes", "buckets"] = Field(
+        "summary",
+        description="Merged over the step; or also each epoch and minibatch; or also by place in "
+        "the response and by old probability.",
+    )
+
+
+class PassesQuery(StepsQuery):
+    """Which passes to merge."""
+
+    epoch: int | None = Field(None, ge=0, lt=2**31, description="Only this epoch, from 0.")
+    minibatch: int | None = Field(None, ge=0, lt=2**31, description="Only this one, from 0.")
+
+
+class HistogramQuery(PassesQuery):
+    """Which passes to merge, and into how many columns."""
+
+    columns: int = Field(
+        1, ge=1, le=600, description="Columns of consecutive steps at most; 1 merges everything."
+    )
+
+
+class SweepQuery(PassesQuery):
+    """Which passes to judge, and under which clip ranges."""
+
+    clip_range: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        None,
+        max_length=64,
+        description="Values of ε_low; also one comma-separated text. Without both lists: the "
+        "customary ranges. With `clip_range_high` alone: the run's own.",
+    )
+    clip_range_high: list[Annotated[float, Field(gt=0, le=10)]] | None = Field(
+        None,
+        max_length=64,
+        description="Values of ε_high, as many as of `clip_range`, in pairs; without: ε_low.",
+    )
+    dual_clip: float | Literal["off"] | None = Field(
+        None, description="c of every range, or `off`; without: the run's own."
+    )
+
+    @field_validator("dual_clip", mode="plain", json_schema_input_type=_DualClip)
+    @classmethod
+    def _number_or_off(cls, value: Any) -> float | Literal["off"]:
+        """One fault for a wrong value; a union would tell one for each of its kinds."""
+        if value == "off":
+            return "off"
+        try:
+            number = float(value)
+        except ValueError:
+            raise PydanticKnownError("float_parsing") from None
+        if number > 100:
+            raise PydanticKnownError("less_than_equal", {"le": 100.0})
+        if not number > 1:
+            raise PydanticKnownError("greater_than", {"gt": 1.0})
+        return number
+
+
+class TokensQuery(Query):
+    """Which tokens to list."""
+
+    after: str | None = Field(None, max_length=200, description="Id of the last item already seen.")
+    limit: int = Field(20, ge=0, le=1000, description="Items wanted at most.")
+    order: Literal["asc", "desc"] | None = Field(
+        None, description="Without: `asc` by position, `desc` by ratio or advantage."
+    )
+    step: int | None = Field(
+        None, ge=0, lt=10**9, description="Without: the newest step that has a token table."
+    )
+    sample_id: str | None = Field(None, max_length=200, description="Only this sample.")
+    class_: list[TokenClass] | None = Field(
+        None, alias="class", description="Only these classes; also one comma-separated text."
+    )
+    order_by: Literal["position", "ratio", "advantage"] = Field(
+        "position", description="What to order by; a null comes last."
+    )
+
+
+class DiagnosisQuery(Query):
+    """As of when to judge a run."""
+
+    step: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="As it looked after this step; without: now."
     )
 
 
@@ -149,15 +233,16 @@ def _collect(
     """Raw values by field, and the faults of names and repetitions."""
     values: dict[str, Any] = {}
     faults: list[Fault] = []
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
     for raw_name, text in items:
         name, key = _name_and_key(raw_name)
-        if name not in model.model_fields:
-            faults.append(unknown_parameter(name, model.model_fields, pointer=f"/{name}"))
+        if name not in fields:
+            faults.append(unknown_parameter(name, fields, pointer=f"/{name}"))
         elif key:
             _as_map(values, name)[key] = text
         elif text == "null":
             continue
-        elif _is_list(model, name):
+        elif _is_list(fields[name]):
             values.setdefault(name, []).extend(part for part in text.split(",") if part)
         elif name in values:
             detail = f"{name} stands twice in the query; give it once"
@@ -182,8 +267,8 @@ def _name_and_key(raw: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (raw, "")
 
 
-def _is_list(model: type[Query], name: str) -> bool:
-    annotation = model.model_fields[name].annotation
+def _is_list(field: FieldInfo) -> bool:
+    annotation = field.annotation
     return any(get_origin(part) is list for part in (annotation, *_union_parts(annotation)))
 
 

@@ -59,6 +59,13 @@ class Latest(View):
     entropy: float | None
 
 
+class JobHealth(View):
+    """What the last diagnosis of a run found; `J/diagnosis` tells the rest."""
+
+    level: Literal["ok", "warn", "critical", "unknown"]
+    findings: list[str] = Field(description="Their codes.")
+
+
 class Job(View):
     """A fine-tuning job: OpenAI's fields first, then ours."""
 
@@ -94,6 +101,7 @@ class Job(View):
     usage: dict[str, Any]
     priority: int
     latest: Latest | None
+    health: JobHealth
     resolved: dict[str, Any] = Field(description="Every hyperparameter with its final value.")
     warnings: list[Warning_]
     stream_cursor: str = Field(description="Id of the last frame of the stream.")
@@ -159,20 +167,6 @@ class Metrics(View):
     nonfinite: dict[str, list[int]] = Field(description="Steps at which a value was not finite.")
     attempts: list[AttemptSpan]
     stream_cursor: str
-
-
-class ClipUpdate(View):
-    """What clipping did in one step."""
-
-    id: str
-    object: Literal["fine_tuning.job.clip"] = "fine_tuning.job.clip"
-    step: int
-    attempt: int
-    clip_range: float
-    clip_range_high: float | None
-    dual_clip: float | None
-    summary: dict[str, Any] = Field(description="All passes of the step merged.")
-    passes: list[list[dict[str, Any]]] | None = Field(description="[epoch][minibatch].")
 
 
 class ManifestFile(View):

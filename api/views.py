@@ -8,11 +8,10 @@ from api import schemas
 from api.queries import JobFacts
 from core.artifacts import Artifact
 from core.events import FeedItem
-from core.feed import ClipPass, MetricPoint
+from core.feed import MetricPoint
 from core.files import StoredFile
 from core.ids import (
     public_checkpoint_id,
-    public_clip_id,
     public_event_id,
     public_file_id,
     public_job_id,
@@ -20,10 +19,24 @@ from core.ids import (
 from core.models_catalog import CatalogEntry
 from core.rows import Attempt, Checkpoint, Job
 from core.states import FINAL, JobStatus, StopWanted
-from ppo_engine.histogram import histogram_edges
-from ppo_engine.reports import METRICS, PassReport, summarize
+from ppo_engine.reports import METRICS
 
 JOBS_URL = "/v1/fine_tuning/jobs"
+
+_LINKS = {
+    "events": "events",
+    "metrics": "metrics",
+    "diagnosis": "diagnosis",
+    "clip": "clip",
+    "clip_histogram": "clip/histogram",
+    "clip_sweep": "clip/sweep",
+    "clip_tokens": "clip/tokens",
+    "checkpoints": "checkpoints",
+    "stream": "stream",
+    "artifacts": "artifacts",
+    "adapter": "adapter",
+}
+"""What hangs on a job: the link's name, and the path below the job's address."""
 
 
 def unix(moment: datetime) -> int:
@@ -83,6 +96,7 @@ def job_view(job: Job, facts: JobFacts, *, organization: str) -> schemas.Job:
         usage=job.usage,
         priority=job.priority,
         latest=_latest(facts.recent),
+        health=_health(facts.diagnosis),
         resolved=job.resolved["hyperparameters"],
         warnings=[schemas.Warning_(**warning) for warning in job.warnings],
         stream_cursor=stream_cursor(job),
@@ -101,8 +115,7 @@ def stream_cursor(job: Job) -> str:
 
 def _links(job: Job) -> dict[str, str]:
     url = job_url(job)
-    names = ("events", "metrics", "clip", "checkpoints", "stream", "artifacts", "adapter")
-    return {"self": url} | {name: f"{url}/{name}" for name in names}
+    return {"self": url} | {name: f"{url}/{path}" for name, path in _LINKS.items()}
 
 
 def _error(job: Job) -> schemas.JobError | None:
@@ -146,6 +159,12 @@ def _latest(recent: Sequence[MetricPoint]) -> schemas.Latest | None:
     last = recent[0]
     names = ("reward_mean", "kl_reference_per_sequence", "policy_clip_fraction", "entropy")
     return schemas.Latest(step=last.step, **{name: last.values.get(name) for name in names})
+
+
+def _health(diagnosis: Mapping[str, Any] | None) -> schemas.JobHealth:
+    if diagnosis is None:
+        return schemas.JobHealth(level="unknown", findings=[])
+    return schemas.JobHealth(level=diagnosis["level"], findings=diagnosis["findings"])
 
 
 def _generated_tokens(job: Job, recent: Sequence[MetricPoint]) -> int:
@@ -294,39 +313,6 @@ def _extremes(rows: Sequence[MetricPoint], places: range, name: str) -> set[int]
     if not values:
         return set()
     return {min(values, key=values.__getitem__), max(values, key=values.__getitem__)}
-
-
-def clip_view(job: Job, passes: Sequence[ClipPass], *, with_passes: bool) -> schemas.ClipUpdate:
-    """What clipping did in one step: all passes merged from their sums, or each of them too."""
-    settings = job.resolved["hyperparameters"]
-    clip_range, high = settings["clip_range"], settings["clip_range_high"]
-    edges = histogram_edges(clip_range, high or clip_range, settings["dual_clip"])
-    summary = summarize([_report(each, edges) for each in passes])
-    first = passes[0]
-    return schemas.ClipUpdate(
-        id=public_clip_id(job.id, first.attempt, first.step),
-        step=first.step,
-        attempt=first.attempt,
-        clip_range=clip_range,
-        clip_range_high=high,
-        dual_clip=settings["dual_clip"],
-        summary={**summary.values, "counts": summary.counts, "skipped": summary.skipped},
-        passes=_matrix(passes) if with_passes else None,
-    )
-
-
-def _report(row: ClipPass, edges: Sequence[float]) -> PassReport:
-    return PassReport.from_stored(row.epoch, row.minibatch, row.values, row.histogram, edges=edges)
-
-
-def _matrix(passes: Sequence[ClipPass]) -> list[list[dict[str, Any]]]:
-    """[epoch][minibatch]; the raw sums stay inside."""
-    matrix: list[list[dict[str, Any]]] = [[] for _ in range(max(p.epoch for p in passes) + 1)]
-    for each in passes:
-        values = {name: value for name, value in each.values.items() if name != "sums"}
-        place = {"epoch": each.epoch, "minibatch": each.minibatch}
-        matrix[each.epoch].append({**place, **values})
-    return matrix
 
 
 def artifact_url(job: Job, path: str) -> str:

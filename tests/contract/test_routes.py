@@ -36,6 +36,10 @@ EXPECTED = {
     "GET /v1/fine_tuning/jobs/{job_id}/artifacts/{path}",
     "GET /v1/fine_tuning/jobs/{job_id}/checkpoints",
     "GET /v1/fine_tuning/jobs/{job_id}/clip",
+    "GET /v1/fine_tuning/jobs/{job_id}/clip/histogram",
+    "GET /v1/fine_tuning/jobs/{job_id}/clip/sweep",
+    "GET /v1/fine_tuning/jobs/{job_id}/clip/tokens",
+    "GET /v1/fine_tuning/jobs/{job_id}/diagnosis",
     "GET /v1/fine_tuning/jobs/{job_id}/events",
     "GET /v1/fine_tuning/jobs/{job_id}/metrics",
     "GET /v1/fine_tuning/jobs/{job_id}/stream",
@@ -46,6 +50,7 @@ EXPECTED = {
     "POST /v1/files",
     "POST /v1/fine_tuning/jobs",
     "POST /v1/fine_tuning/jobs/{job_id}/cancel",
+    "POST /v1/ppo/clip/explain",
     "DELETE /v1/files/{file_id}",
 }
 
@@ -208,6 +213,7 @@ def test_the_fields_of_a_job_are_these() -> None:
         "estimated_finish",
         "fine_tuned_model",
         "finished_at",
+        "health",
         "hyperparameters",
         "id",
         "integrations",
