@@ -129,6 +129,8 @@ class CausalPolicy:
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
         self._backbone = causal_lm.base_model
         self._output = causal_lm.get_output_embeddings()
+        self._has_window = getattr(causal_lm.config, "sliding_window", None) is not None
+        self._dtype = causal_lm.dtype
         bias = self._output.bias
         self._head = OutputHead(
             # fp32 from the scores on, whatever the base is; converted once.
@@ -144,13 +146,22 @@ class CausalPolicy:
         device: torch.device = self._output.weight.device
         return device
 
+    def _attention(self, attention_mask: Tensor, queries: int) -> Tensor:
+        """What the model takes as its mask; [B, S] in.
+
+        Models whose layers differ in what they see make their masks themselves.
+        """
+        if self._has_window:
+            return attention_mask.long()
+        return causal_bias(attention_mask, queries, dtype=self._dtype)
+
     def step(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
         """Next-token scores z/τ [B, V] after `tokens`, and the grown key-value cache."""
         output = self._backbone(
             input_ids=tokens,
-            attention_mask=attention_mask.long(),
+            attention_mask=self._attention(attention_mask, tokens.shape[1]),
             position_ids=positions,
             cache=cache,
             use_cache=True,
@@ -293,7 +304,7 @@ class Policy(CausalPolicy):
         """Last hidden states, [B, P+T, H]."""
         states: Tensor = self._backbone(
             input_ids=tokens,
-            attention_mask=attention_mask.long(),
+            attention_mask=self._attention(attention_mask, tokens.shape[1]),
             position_ids=position_ids(attention_mask),
             use_cache=False,
         ).last_hidden_state
@@ -360,6 +371,22 @@ def _scattered(values: Tensor, response_mask: Tensor) -> Tensor:
     """Values of response tokens [N] at their places, [B, T] fp32; exact zeros elsewhere."""
     result = torch.zeros(response_mask.shape, dtype=torch.float32, device=values.device)
     return result.masked_scatter(response_mask, values.float())
+
+
+def causal_bias(attention_mask: Tensor, queries: int, *, dtype: torch.dtype) -> Tensor:
+    """0 where the last `queries` tokens may look, the lowest number elsewhere; [B, 1, Q, S].
+
+    Real tokens see the real tokens before them.  Padding sees what stands before it: nobody reads
+    it, but a row that sees nothing at all is NaN in some kernels, in their backward pass at least.
+    Every batch gets a mask, padded or not: without one another kernel would run, which rounds
+    differently, and the first ratio of an update would not be 1.
+    """
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    is_before = places <= places[-queries:, None]
+    is_padding = ~attention_mask[:, -queries:, None]
+    allowed = is_before & (attention_mask[:, None, :] | is_padding)
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

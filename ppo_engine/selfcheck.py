@@ -23,6 +23,7 @@ NOISE_LIMITS = {"fp32": 1e-4, "bf16": 0.05}
 SAMPLER_LIMITS = {"fp32": 0.01, "bf16": 0.15}
 """Largest mean |log π_old − log π_behavior|, in nats; rounding alone gives 1e-5 and 0.04."""
 _PROBE_STD = 1e-3
+_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,8 @@ def self_check(
         "kl_reference_abs_max": _largest(kl),
         "sampler_mismatch_mean": float(sampler.double().mean()) if sampler.numel() else 0.0,
         "sampler_mismatch_max": _largest(sampler),
-        "tensors_without_gradient": missing,
+        "tensors_without_gradient": len(missing),
+        "such_as": missing[:_NAMED],
         "stopped_responses": int((~rollout.samples.is_truncated).sum()),
         "responses": len(rollout.scores),
         "score_std": rollout.scores.double().std(correction=0).item(),
@@ -159,10 +161,9 @@ def _failures(numbers: dict[str, Any], config: TrainConfig) -> list[str]:
             "a fresh adapter must equal the reference, but their log-probabilities differ by up to "
             f"{numbers['kl_reference_abs_max']:.3g} nats"
         )
-    if missing := numbers["tensors_without_gradient"]:
-        found.append(
-            f"no usable gradient reaches {len(missing)} trainable tensors, such as {missing[0]}"
-        )
+    if count := numbers["tensors_without_gradient"]:
+        names = ", ".join(numbers["such_as"])
+        found.append(f"no usable gradient reaches {count} trainable tensors, such as {names}")
     limit = SAMPLER_LIMITS[config.precision]
     if not numbers["sampler_mismatch_mean"] <= limit:
         found.append(
