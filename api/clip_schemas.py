@@ -7,7 +7,8 @@ from pydantic import ConfigDict, Field
 
 from api.schemas import View
 from ppo_engine.explain import TokenClass
-from ppo_engine.reports import METRICS, QUANTILES, PassSums, quantile_name
+from ppo_engine.metrics import METRICS, QUANTILES, quantile_name
+from ppo_engine.reports import PassSums
 
 Number = int | float | None
 

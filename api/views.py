@@ -19,7 +19,7 @@ from core.ids import (
 from core.models_catalog import CatalogEntry
 from core.rows import Attempt, Checkpoint, Job
 from core.states import FINAL, JobStatus, StopWanted
-from ppo_engine.reports import METRICS
+from ppo_engine.metrics import METRICS
 
 JOBS_URL = "/v1/fine_tuning/jobs"
 

@@ -26,7 +26,8 @@ from ppo_engine.losses import (
     log_ratio,
     surrogate_terms,
 )
-from ppo_engine.reports import QUANTILES, PassReport, PassSums, quantile_name
+from ppo_engine.metrics import QUANTILES, quantile_name
+from ppo_engine.reports import PassReport, PassSums
 
 _NUMBERS = {token_class: number for number, token_class in enumerate(TokenClass)}
 _CLIPPED_NUMBERS = [_NUMBERS[each] for each in CLIPPED_CLASSES]

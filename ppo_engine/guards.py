@@ -14,7 +14,8 @@ from typing import Any, Literal, Self, get_args
 
 from ppo_engine.diagnosis import Finding
 from ppo_engine.errors import InvalidConfig
-from ppo_engine.reports import METRICS, QUANTILES, PassSums, quantile_name
+from ppo_engine.metrics import METRICS, QUANTILES, quantile_name
+from ppo_engine.reports import PassSums
 from ppo_engine.signs import Level
 from ppo_engine.syndromes import Code
 

@@ -1,4 +1,4 @@
-"""What the engine tells of its steps and passes, and the one table of metric names.
+"""What the engine tells of its steps and passes; `metrics` says what the numbers mean.
 
 A pass is kept as sums (`PassSums`), so that micro-batches, ranks and passes merge exactly; the
 numbers users see are derived from them.
@@ -14,14 +14,7 @@ from typing import Any, Literal, Self
 from ppo_engine.buckets import WORST_SEQUENCES, Buckets
 from ppo_engine.explain import CLIPPED_CLASSES, TOKEN_CLASSES, TokenClass
 from ppo_engine.histogram import Histogram
-
-QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-"""Shares of the ratio quantiles `ratio_q01` to `ratio_q99`."""
-
-
-def quantile_name(share: float) -> str:
-    """`ratio_q05` for 0.05."""
-    return f"ratio_q{round(share * 100):02d}"
+from ppo_engine.metrics import QUANTILES, quantile_name
 
 
 def _add_log(first: float, second: float) -> float:
@@ -396,142 +389,3 @@ class StepReport:
     """The tokens of the stored responses, one by one, as the last epoch met them."""
     wants_pause: bool = False
     """Whether a guard asks to pause the run after this step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What a number of a report means."""
-
-    unit: str
-    """Unit; "1" for a plain number."""
-    formula: str
-    """Formula, or how it is measured."""
-
-
-METRICS: dict[str, Metric] = {
-    "reward_mean": Metric("reward", "mean of the raw scores of the step's responses"),
-    "reward_std": Metric("reward", "population standard deviation of the raw scores"),
-    "reward_p05": Metric("reward", "5th percentile of the raw scores"),
-    "reward_p95": Metric("reward", "95th percentile of the raw scores"),
-    "valid_reward_mean": Metric("reward", "mean raw score of answers to validation prompts"),
-    "kl_reference_per_sequence": Metric(
-        "nats per response", "mean over rows of Σ_t D,  D = log π_old − log π_ref"
-    ),
-    "kl_reference_per_token": Metric("nats per token", "ΣD / N"),
-    "kl_reference_exact_per_token": Metric(
-        "nats per token", "Σ_t Σ_v π_old·(ln π_old − ln π_ref) / N, over the whole vocabulary"
-    ),
-    "kl_coef": Metric("reward per nat", "β of the KL penalty in this step's token rewards"),
-    "entropy": Metric("nats per token", "ΣH / N,  H = logsumexp(z/τ) − Σ_v softmax(z/τ)_v·z_v/τ"),
-    "reference_perplexity": Metric(
-        "1", "exp(−Σ log π_ref / N): how odd the frozen base finds the responses"
-    ),
-    "distinct_2": Metric(
-        "share", "different pairs of neighbouring tokens / all pairs, over all responses"
-    ),
-    "repeated_4gram_fraction": Metric(
-        "share", "mean over responses of 1 − different 4-grams / 4-grams; 0 below 4 tokens"
-    ),
-    "longest_token_run_mean": Metric(
-        "tokens", "mean over responses of the longest run of one and the same token"
-    ),
-    "identical_response_fraction": Metric(
-        "share", "responses whose text also answers another prompt of the step / responses"
-    ),
-    "zero_advantage_group_fraction": Metric(
-        "share", "prompts whose responses all got the same score / prompts; null for groups of 1"
-    ),
-    "reward_limited_fraction": Metric(
-        "share", "scores bounded to ±10 by running_std scaling / scores"
-    ),
-    "policy_loss": Metric("1", "−Σ w·J, mean over the step's passes"),
-    "value_loss": Metric(
-        "reward²", "Σ w·½·max((V−G)², (V_c−G)²), mean over the passes; in scaled reward units"
-    ),
-    "advantage_std": Metric("reward", "standard deviation of A before standardizing"),
-    "value_explained_variance": Metric("1", "1 − var(G − V_old) / var(G); null if var(G) = 0"),
-    "value_bias": Metric("reward", "mean(V_old − G)"),
-    "return_std": Metric("reward", "standard deviation of the returns G, in scaled reward units"),
-    "kl_loss": Metric("1", "β·Σ w·(KL term), mean over the passes; null unless KL is in the loss"),
-    "sampler_mismatch_mean": Metric(
-        "nats per token", "mean |log π_old − log π_behavior|: trainer against sampler"
-    ),
-    "sampler_mismatch_ratio": Metric("1", "mean of exp(|log π_old − log π_behavior|)"),
-    "noise_limit": Metric(
-        "nats", "log-ratios below this may be rounding: 1e-4, or what the self-check measured"
-    ),
-    "skipped_passes": Metric("passes", "passes of the step without an optimizer step"),
-    "learning_rate": Metric("1", "AdamW's rate of the adapter in this step"),
-    "value_learning_rate": Metric("1", "AdamW's rate of the value head in this step"),
-    "response_tokens_mean": Metric("tokens", "mean response length"),
-    "response_tokens_p95": Metric("tokens", "95th percentile of the response length"),
-    "reward_length_correlation": Metric(
-        "1", "Pearson correlation of raw score and response length; null if either is constant"
-    ),
-    "truncated_response_fraction": Metric("share", "rows ended by length / rows"),
-    "stopped_response_fraction": Metric("share", "rows ended by a stop token / rows"),
-    "prompt_tokens": Metric("tokens", "prompt tokens read, since the start of the job"),
-    "response_tokens": Metric("tokens", "response tokens sampled, since the start of the job"),
-    "tokens_per_second": Metric("tokens per second", "response tokens of the step / its seconds"),
-    "peak_memory_bytes": Metric("bytes", "largest resident memory of the trainer so far"),
-    "tokens": Metric("tokens", "N = Σ response_mask, over the passes counted"),
-    "sequences": Metric("rows", "rows with response tokens, over the passes counted"),
-    "policy_clip_fraction": Metric(
-        "share", "(clipped_high + clipped_low + dual_clipped) / N: gradient removed by clipping"
-    ),
-    "policy_clip_fraction_high": Metric("share", "clipped_high / N"),
-    "policy_clip_fraction_low": Metric("share", "clipped_low / N"),
-    "policy_clip_fraction_dual": Metric("share", "dual_clipped / N"),
-    "policy_clip_fraction_of_positive": Metric("share", "clipped_high / #(A > 0)"),
-    "policy_clip_fraction_of_negative": Metric("share", "(clipped_low + dual_clipped) / #(A < 0)"),
-    "ratio_above_range_fraction": Metric("share", "#(ρ > 1+ε_high) / N, whatever the sign of A"),
-    "ratio_below_range_fraction": Metric("share", "#(ρ < 1−ε_low) / N, whatever the sign of A"),
-    "clipped_advantage_mass": Metric("share", "Σ|A| of tokens in clipped classes / Σ|A|"),
-    "policy_gradient_kept": Metric("share", "Σρ|A|g / Σρ|A|,  g = 0 where clipped, else 1"),
-    "surrogate_unclipped": Metric("1", "Σu / N,  u = ρA"),
-    "surrogate_clipped": Metric("1", "Σk / N,  k = clip(ρ, 1−ε_low, 1+ε_high)·A"),
-    "surrogate_objective": Metric(
-        "1", "ΣJ / N,  J = min(u, k), with a dual clip at least c·A where A < 0"
-    ),
-    "objective_gap": Metric("1", "Σ(u − J) / N; never negative without a dual clip"),
-    "ratio_mean": Metric("1", "Σρ / N,  ρ = π / π_old"),
-    "ratio_std": Metric("1", "sqrt(Σρ²/N − (Σρ/N)²)"),
-    "ratio_min": Metric("1", "smallest ρ"),
-    "ratio_max": Metric("1", "largest ρ"),
-    **{
-        quantile_name(share): Metric(
-            "1", f"ρ below which {share:.0%} of the tokens lie; of several passes, by histogram"
-        )
-        for share in QUANTILES
-    },
-    "update_kl_k1": Metric("nats per token", "Σ(−d) / N,  d = log π − log π_old"),
-    "update_kl_k2": Metric("nats per token", "Σ(d²/2) / N"),
-    "update_kl_k3": Metric("nats per token", "Σ(ρ − 1 − d) / N"),
-    "update_kl_k3_max": Metric("nats per token", "largest update_kl_k3 of any pass of the step"),
-    "update_kl_per_sequence": Metric("nats per response", "mean over rows of Σ_t (ρ − 1 − d)"),
-    "log_ratio_abs_max": Metric("nats", "largest |log π − log π_old|, before it is bounded to 20"),
-    "log_ratio_clamped_count": Metric("tokens", "#(|log π − log π_old| > 20)"),
-    "ess_token": Metric("share", "(Σρ)² / (N·Σρ²)"),
-    "ess_sequence": Metric("share", "(Σρ_i)² / (B·Σρ_i²),  ρ_i = exp(Σ_t d) of row i"),
-    "importance_weight_mean": Metric(
-        "1", "Σw / N,  w = min(π_old/π_behavior, cap); null where the run uses no weights"
-    ),
-    "importance_weight_max": Metric("1", "largest w"),
-    "importance_weight_capped_fraction": Metric("share", "#(w = cap) / N"),
-    "value_clip_fraction": Metric(
-        "share", "#((V_c−G)² > (V−G)²) / N: value clipping binds and removes the gradient"
-    ),
-    "value_out_of_range_fraction": Metric("share", "#(|V − V_old| > ε_v) / N"),
-    "grad_norm": Metric("1", "norm of the whole gradient before clipping; mean over passes"),
-    "grad_norm_clipped": Metric("share", "1 if grad_norm exceeded max_grad_norm; mean over passes"),
-}
-"""Every metric by name; `seconds.<part>` (seconds a part of the step took) stands for a family."""
-
-
-def metrics_table() -> str:
-    """`METRICS` as a Markdown table."""
-    rows = ["| name | unit | formula |", "|---|---|---|"]
-    for name, metric in METRICS.items():
-        formula = metric.formula.replace("|", "\\|")
-        rows.append(f"| `{name}` | {metric.unit} | {formula} |")
-    return "\n".join(rows)

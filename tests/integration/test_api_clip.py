@@ -21,7 +21,8 @@ from ppo_engine.clip_stats import PassStatistics
 from ppo_engine.diagnosis import Monitor, MonitorSettings
 from ppo_engine.explain import TOKEN_CLASSES
 from ppo_engine.histogram import SUMS, single
-from ppo_engine.reports import METRICS, PassReport
+from ppo_engine.metrics import METRICS
+from ppo_engine.reports import PassReport
 from tests.conftest import Servers
 from tests.factories import Tenant, metric
 from tests.integration.test_api_timeline import Run

@@ -16,7 +16,8 @@ from core.ids import job_id_of
 from core.states import Phase
 from ppo_engine.explain import TOKEN_CLASSES
 from ppo_engine.histogram import Histogram, histogram_edges
-from ppo_engine.reports import QUANTILES, PassReport, PassSums, quantile_name
+from ppo_engine.metrics import QUANTILES, quantile_name
+from ppo_engine.reports import PassReport, PassSums
 from tests.conftest import Servers
 from tests.factories import TTL, Tenant, claim_job, metric, stored_checkpoint
 from tests.integration.test_core_feed import after_reading_events

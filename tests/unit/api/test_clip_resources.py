@@ -24,7 +24,7 @@ from core.errors import StoredFileCorrupt
 from ppo_engine.clip_stats import PassStatistics
 from ppo_engine.explain import TOKEN_CLASSES, explain
 from ppo_engine.histogram import histogram_edges
-from ppo_engine.reports import METRICS
+from ppo_engine.metrics import METRICS
 from ppo_engine.run_directory import RunDirectory
 from tests.tiny_run import tiny_trainer
 

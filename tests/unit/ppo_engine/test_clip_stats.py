@@ -14,7 +14,8 @@ from torch import Tensor
 from ppo_engine.clip_stats import PassStatistics, classify
 from ppo_engine.explain import TOKEN_CLASSES, sweep
 from ppo_engine.histogram import histogram_edges
-from ppo_engine.reports import METRICS, PassReport, merge_passes, summarize
+from ppo_engine.metrics import METRICS
+from ppo_engine.reports import PassReport, merge_passes, summarize
 
 EXACT = 1e-12
 SINGLE = 1e-5

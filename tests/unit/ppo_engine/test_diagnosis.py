@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppo_engine.diagnosis import Finding, Monitor, MonitorSettings, level_of
-from ppo_engine.reports import METRICS
+from ppo_engine.metrics import METRICS
 from ppo_engine.syndromes import SYNDROMES, WATCHED, Code
 from ppo_engine.verdicts import ClipVerdict
 

@@ -4,18 +4,18 @@ import re
 from pathlib import Path
 
 from ppo_engine.explain import CLIPPED_CLASSES, TokenClass, explain
-from ppo_engine.reports import METRICS, metrics_table
+from ppo_engine.metrics import METRICS, metrics_table
 
 PAGE = (Path(__file__).parents[3] / "docs" / "ppo.md").read_text()
 
 
 def test_the_metrics_are_those_of_the_code() -> None:
-    begin, end = "<!-- metrics: from ppo_engine.reports.METRICS -->\n", "\n<!-- end of metrics -->"
+    begin, end = "<!-- metrics: from ppo_engine.metrics.METRICS -->\n", "\n<!-- end of metrics -->"
 
     written = PAGE.partition(begin)[2].partition(end)[0]
 
     assert written == metrics_table(), (
-        "put the output of ppo_engine.reports.metrics_table() between the marks of docs/ppo.md"
+        "put the output of ppo_engine.metrics.metrics_table() between the marks of docs/ppo.md"
     )
 
 
