@@ -525,10 +525,12 @@ MUTANTS = (
     Mutant(
         name="padding is attended to",
         file="policy.py",
-        old="""            attention_mask=attention_mask.long(),
-            position_ids=position_ids(attention_mask),""",
-        new="""            attention_mask=torch.ones_like(attention_mask).long(),
-            position_ids=position_ids(attention_mask),""",
+        old="""            attention_mask=self._attention(attention_mask, tokens.shape[1]),
+            position_ids""",
+        new="""            attention_mask=self._attention(
+                torch.ones_like(attention_mask), tokens.shape[1]
+            ),
+            position_ids""",
         killers=(WRITTEN_OUT,),
     ),
     Mutant(
