@@ -525,12 +525,12 @@ MUTANTS = (
     Mutant(
         name="padding is attended to",
         file="policy.py",
-        old="""            attention_mask=self._attention(attention_mask, tokens.shape[1]),
-            position_ids""",
-        new="""            attention_mask=self._attention(
-                torch.ones_like(attention_mask), tokens.shape[1]
-            ),
-            position_ids""",
+        old="""        states: Tensor = self._backbone(
+            input_ids=tokens,
+            attention_mask=self._attention(attention_mask, tokens""",
+        new="""        states: Tensor = self._backbone(
+            input_ids=tokens,
+            attention_mask=self._attention(torch.ones_like(attention_mask), tokens""",
         killers=(WRITTEN_OUT,),
     ),
     Mutant(
