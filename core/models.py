@@ -214,6 +214,12 @@ job_event = Table(
     Column("message", Text, nullable=False),
     _json("data", "{}"),
     CheckConstraint("level in ('info', 'warn', 'error')", name="level"),
+    Index(
+        "ix_job_event_diagnosis",
+        "job_id",
+        text("seq desc"),
+        postgresql_where=text("code = 'diagnosis.changed'"),
+    ),
 )
 
 metric = Table(

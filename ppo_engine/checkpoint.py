@@ -24,6 +24,8 @@ from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, writ
 from ppo_engine.snapshot import Snapshot, optimizer_tensors, restore_optimizer
 from ppo_engine.trainer import Progress, Trainer
 
+FORMAT = 2
+"""Raised when older checkpoints can no longer be read."""
 _LAST_GOOD = "last_good.safetensors"
 """The state a guard may roll back to, where it can."""
 
@@ -40,6 +42,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, base_model: BaseModelRef) ->
             _save_tensors(last_good.tensors, temporary / _LAST_GOOD)
         write_json(temporary / "state.json", _state(trainer))
         manifest = {
+            "format": FORMAT,
             "step": trainer.progress.step,
             "environment": environment(trainer),
             "files": {
@@ -98,6 +101,11 @@ def environment(trainer: Trainer) -> dict[str, Any]:
 
 def _verified_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise InvalidConfig(
+            "the checkpoint was written by another version of Trimtab; start a new job",
+            param="resume_from",
+        )
     for name, entry in manifest["files"].items():
         if sha256_of(folder / name) != entry["sha256"]:
             raise InvalidConfig(f"the checkpoint's file {name} is damaged", param="resume_from")

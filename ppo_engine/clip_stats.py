@@ -274,7 +274,8 @@ def token_rows(
     bounded = log_ratio(logprobs, old_logprobs)
     terms = surrogate_terms(bounded, advantages, **rule)
     classes = classify(bounded, advantages, **rule).long()
-    removed = is_clipped(classes)
+    is_bounded = (logprobs - old_logprobs).abs() > LOG_RATIO_LIMIT
+    removed = is_clipped(classes) | is_bounded  # the bound, too, lets no gradient through
     columns = {
         "log_ratio": bounded,
         "ratio": torch.exp(bounded),

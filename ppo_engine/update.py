@@ -158,16 +158,16 @@ class Updater:
             report, parts = self._pass(plan)
             losses.append(parts)
             early_end = self._early_end(report)
-            skips = pass_action(self._config.guards, report.values) if early_end is None else None
-            if skips is not None:
-                firings.append(skips)
-            if early_end is not None or skips is not None:
-                report = dataclasses.replace(report, skipped=True)
-            passes.append(report)
-            if early_end is not None or (skips is not None and skips.action == "stop_epochs"):
-                break
-            if skips is None:
+            rule = self._fired_rule(report) if early_end is None else None
+            if early_end is not None or rule is not None:
+                passes.append(dataclasses.replace(report, skipped=True))
+            else:
+                passes.append(report)
                 self._step(report)
+            if rule is not None:
+                firings.append(rule)
+            if early_end is not None or (rule is not None and rule.action == "stop_epochs"):
+                break
         self._optimizer.zero_grad()
         return UpdateResult(
             passes=tuple(passes),
@@ -276,6 +276,10 @@ class Updater:
             value=drift,
             threshold=threshold,
         )
+
+    def _fired_rule(self, report: PassReport) -> Firing | None:
+        """A rule of the user that takes this pass out; broken ones are left to `_step`."""
+        return None if report.skipped else pass_action(self._config.guards, report.values)
 
     def _step(self, report: PassReport) -> None:
         """One optimizer step, unless the pass must be skipped or has no tokens to learn from."""

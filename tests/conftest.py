@@ -26,7 +26,15 @@ from trimtab.embedded import EmbeddedServers
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads
 
-BUDGET_MINUTES = {"unit": 1, "integration": 3, "contract": 3, "faults": 5, "e2e": 4}
+BUDGET_MINUTES = {
+    "unit": 1,
+    "mutation": 2,
+    "differential": 0.5,
+    "integration": 5,
+    "contract": 3,
+    "faults": 5,
+    "e2e": 4,
+}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.hyperparameters import PpoHyperparameters, final_values
 from core.spec import Resolved
 from ppo_engine.config import TrainConfig
 
@@ -29,9 +30,13 @@ class RunInputs:
 
 
 def engine_config(resolved: Resolved) -> dict[str, Any]:
-    """The settings of the engine's run; its InvalidConfig if they cannot work together."""
+    """The settings of the engine's run; its InvalidConfig if they cannot work together.
+
+    A job that was resolved before a setting existed runs with that setting's default.
+    """
     names = [field.name for field in dataclasses.fields(TrainConfig)]
-    chosen = resolved.hyperparameters | {"total_steps": resolved.total_steps}
+    defaults = final_values(PpoHyperparameters())
+    chosen = defaults | resolved.hyperparameters | {"total_steps": resolved.total_steps}
     return TrainConfig.from_dict(
         {name: chosen[RENAMED.get(name, name)] for name in names}
     ).to_dict()
