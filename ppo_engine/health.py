@@ -67,8 +67,8 @@ class Health:
                 value_clip_range=config.value_clip_range,
             )
         )
-        self._told: list[list[str]] = []
-        """Codes and levels of the findings last told."""
+        self._told: list[list[str]] | None = None
+        """Codes and levels of the findings last told; the first update always tells."""
 
     @property
     def is_good(self) -> bool:
@@ -118,7 +118,7 @@ class Health:
                 level="info" if level == "ok" else "warn",
                 code="diagnosis.changed",
                 message=" ".join(finding.message for finding in findings)
-                or "Nothing unusual is found any more.",
+                or "Nothing unusual is found.",
                 data={
                     "level": level,
                     "findings": [finding.code for finding in findings],
