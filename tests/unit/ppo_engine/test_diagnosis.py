@@ -144,6 +144,12 @@ CASES = [
     Case("kl_blow_up", rising("kl_reference_per_sequence", 12.0, 12.5), None),
     Case("kl_blow_up", rising("kl_reference_per_sequence", 30.0, 20.0), None),
     Case("kl_blow_up", course("kl_reference_per_sequence", [12.0, 20.0] * 5), None),
+    # Of 45 pairs 4 fall: τ = 37 / 45.
+    Case(
+        "kl_blow_up",
+        course("kl_reference_per_sequence", [5.0, 7, 6, 9, 8, 11, 10, 13, 12, 14]),
+        "warn",
+    ),
     Case(
         "kl_blow_up",
         course("kl_reference_per_sequence", [5.0, 8.0, 11.0, 14.0, 17.0, 20.0, 23.0]),
@@ -398,9 +404,9 @@ def test_a_jump_of_the_gradient_after_the_critics_warm_up_is_no_explosion() -> N
     for step in range(1, 8):
         watcher.observe(step, healthy(grad_norm=0.01), frozen)
 
-    found = observe(watcher, [healthy(grad_norm=1.0)] * 10, first=8)
+    found = [watcher.observe(step, healthy(grad_norm=1.0)) for step in range(8, 18)]
 
-    assert found == ()
+    assert found == [()] * 10
 
 
 def test_the_usual_gradient_follows_slowly() -> None:
@@ -522,6 +528,7 @@ def test_a_finding_is_json() -> None:
 
     told = json.loads(json.dumps(found.to_dict()))
 
+    assert told == found.to_dict()
     assert (told["code"], told["level"], told["since_step"]) == ("update_too_large", "warn", 12)
     assert told["evidence"] == [
         {"metric": "ratio_max", "step": 13, "value": 50.0, "threshold": 10.0, "window": 3}
