@@ -1,4 +1,4 @@
-"""What users do to jobs: create, look up, list, cancel.  What holders do: `core/attempts.py`.
+"""What users do to jobs: create, look up, list, cancel, resume.  Holders: `core/attempts.py`.
 
 Each function takes the caller's transaction and never commits.
 """
@@ -31,7 +31,7 @@ from core.events import EventCode, NewEvent
 from core.ids import public_job_id
 from core.rows import Attempt, Checkpoint, Job, attempt_of, checkpoint_of, job_of
 from core.spec import SPEC_VERSION
-from core.states import JobStatus, StopWanted
+from core.states import FINAL, JobStatus, StopWanted
 
 _job = models.job.c
 
@@ -240,6 +240,47 @@ def _cancel_event(job: Job, was: JobStatus) -> NewEvent:
         message="Cancel requested; the job stops at the next step",
         step=job.step,
     )
+
+
+def resume(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The job, back in the queue if it was paused; the same again if it waits or runs.
+
+    JobAlreadyFinished at the end of a job.  It goes on from its newest checkpoint.
+    """
+    row = tx.execute(
+        update(models.job)
+        .where(_job.id == job_id, _job.tenant_id == tenant_id, _job.status == JobStatus.PAUSED)
+        .values(
+            status=JobStatus.QUEUED,
+            dispatched_at=None,
+            not_before=None,
+            last_seq=_job.last_seq + 1,
+        )
+        .returning(models.job)
+    ).one_or_none()
+    if row is None:
+        job = get(tx, job_id, tenant_id=tenant_id)
+        if job.status in FINAL:
+            raise JobAlreadyFinished(f"The job has already {_ended(job)}; start a new one.")
+        return job
+    job = job_of(row._asdict())
+    event = NewEvent(
+        code=EventCode.JOB_QUEUED,
+        message="The job was resumed; it goes on from its newest checkpoint",
+        step=job.step,
+        data={
+            "from": JobStatus.PAUSED.value,
+            "to": job.status.value,
+            "reason": "resume_requested",
+        },
+    )
+    _write(tx, job, [event])
+    notify(tx, job.id)
+    return job
+
+
+def _ended(job: Job) -> str:
+    return "been cancelled" if job.status == JobStatus.CANCELLED else job.status.value
 
 
 def queue_position(tx: Connection, job: Job) -> int | None:

@@ -110,6 +110,10 @@ class Client:
         """The job after the wish to cancel it was noted."""
         return self._post(f"{_JOBS}/{job_id}/cancel")
 
+    def resume(self, job_id: str) -> Json:
+        """The job, back in the queue if it was paused."""
+        return self._post(f"{_JOBS}/{job_id}/resume")
+
     def metrics(self, job_id: str) -> Json:
         """All metrics so far, in columns."""
         return self._get(f"{_JOBS}/{job_id}/metrics")

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -264,12 +264,34 @@ def cancel_job(
 ) -> Response:
     """Stop the job: at once if it waits, at the next step if it runs."""
     del query
+    return _changed(request, job_id, caller, services, jobs.cancel)
+
+
+@router.post(
+    "/{job_id}/resume", response_model=schemas.Job, responses=errors_of(404, 409, 412, 422)
+)
+def resume_job(
+    request: Request, job_id: str, caller: JobsWriter, services: Api, query: Nothing
+) -> Response:
+    """Put a paused job back into the queue; it goes on from its newest checkpoint."""
+    del query
+    return _changed(request, job_id, caller, services, jobs.resume)
+
+
+def _changed(
+    request: Request,
+    job_id: str,
+    caller: Caller,
+    services: Services,
+    change: Callable[..., Job],
+) -> Response:
+    """The job after `change`, once per idempotency key and only in the state that was asked for."""
     identity = identify(request, caller, None)
 
     def work() -> schemas.Job:
         before = find_job(tx, job_id, caller)
         _check_match(request, _view(tx, before, caller))
-        return _view(tx, jobs.cancel(tx, before.id, tenant_id=caller.tenant_id), caller)
+        return _view(tx, change(tx, before.id, tenant_id=caller.tenant_id), caller)
 
     with services.database.begin() as tx:
         answer = once(tx, identity, work)

@@ -50,6 +50,7 @@ EXPECTED = {
     "POST /v1/files",
     "POST /v1/fine_tuning/jobs",
     "POST /v1/fine_tuning/jobs/{job_id}/cancel",
+    "POST /v1/fine_tuning/jobs/{job_id}/resume",
     "POST /v1/ppo/clip/explain",
     "DELETE /v1/files/{file_id}",
 }

@@ -104,3 +104,60 @@ def test_a_finished_job_cannot_be_cancelled(stack: RunningStack, prompts: Path) 
 
         with pytest.raises(ApiError, match="job_already_finished"):
             client.cancel(job["id"])
+
+
+def test_clipping_of_a_real_job_is_told_consistently(stack: RunningStack, prompts: Path) -> None:
+    with stack.client() as client:
+        job = ended(client, post(client, prompts, stored_samples=32, epochs=3)["id"])
+        url = f"/v1/fine_tuning/jobs/{job['id']}"
+        steps = {"from_step": "3", "to_step": "3"}
+        (update,) = client._get(f"{url}/clip", {**steps, "detail": "buckets"})["data"]
+        sweep = client._get(f"{url}/clip/sweep", steps)
+        tokens = client._get(f"{url}/clip/tokens", {"step": "3", "limit": "1000"})
+        diagnosis = client._get(f"{url}/diagnosis")
+
+    own = next(point for point in sweep["data"] if point["is_own"])
+    for name in ("policy_clip_fraction", "policy_clip_fraction_high", "policy_clip_fraction_low"):
+        assert own[name] == update["summary"][name]
+    assert sum(update["summary"]["counts"].values()) == update["summary"]["tokens"]
+    by_position = update["buckets"]["position"]
+    assert sum(each["tokens"] for each in by_position.values()) == update["summary"]["tokens"]
+    # All responses are kept: their tokens, once per epoch, are the tokens of the step.
+    assert 3 * len(tokens["data"]) == update["summary"]["tokens"]
+    assert {token["epoch"] for token in tokens["data"]} == {2}
+    assert diagnosis["level"] in ("ok", "warn", "critical")
+    assert diagnosis["clip_verdict"]["sentence"]
+    assert job["health"]["level"] == diagnosis["level"]
+
+
+def test_a_guard_pauses_a_job_and_its_user_resumes_it(stack: RunningStack, prompts: Path) -> None:
+    rule = {"signal": "entropy", "warn": -2.0, "critical": -1.0, "action": "pause", "cooldown": 9}
+    with stack.client() as client:
+        job = post(client, prompts, guards={"rules": [rule]})
+        job = wait_until(
+            lambda: (now := client.job(job["id"]))["status"] == "paused" and now,
+            seconds=JOB_SECONDS,
+        )
+        paused_at = job["progress"]["step"]
+        client.resume(job["id"])
+        job = ended(client, job["id"])
+        events = client.events(job["id"], limit=100)
+
+    assert paused_at == 1
+    assert job["status"] == "succeeded"
+    assert job["resumed_from_step"] == 1
+    assert any("A guard paused the job" in event["message"] for event in events)
+
+
+def test_the_self_check_of_a_job_is_kept_with_it(stack: RunningStack, prompts: Path) -> None:
+    with stack.client() as client:
+        job = post(client, prompts)
+        ended(client, job["id"])
+        (event,) = [
+            each
+            for each in client.events(job["id"], limit=100)
+            if each["code"] == "self_check.passed"
+        ]
+
+    assert event["data"]["log_ratio_abs_max"] == 0.0
+    assert event["data"]["kl_reference_abs_max"] == 0.0

@@ -174,6 +174,59 @@ def test_cancel_of_a_paused_job_ends_it(
         assert jobs.cancel(tx, job.id, tenant_id=tenant.tenant_id).status == JobStatus.CANCELLED
 
 
+def test_resume_puts_a_paused_job_back_into_the_queue_and_tells_so(
+    database: Database, owner_database: Database, tenant: Tenant
+) -> None:
+    with owner_database.begin() as tx:
+        job = make_job(tx, tenant)
+        tx.execute(update(models.job).where(models.job.c.id == job.id).values(status="paused"))
+
+    with database.begin() as tx:
+        first = jobs.resume(tx, job.id, tenant_id=tenant.tenant_id)
+        again = jobs.resume(tx, job.id, tenant_id=tenant.tenant_id)
+        told = feed.after(tx, job.id, 1)
+
+    assert first.status == again.status == JobStatus.QUEUED
+    assert [(item.code, item.data["reason"]) for item in told] == [
+        ("job.queued", "resume_requested")
+    ]
+
+
+def test_resume_leaves_a_running_job_alone(
+    database: Database, worker_database: Database, tenant: Tenant
+) -> None:
+    with database.begin() as tx:
+        job = make_job(tx, tenant)
+    with worker_database.begin() as tx:
+        claim_job(tx, job)
+
+    with database.begin() as tx:
+        resumed = jobs.resume(tx, job.id, tenant_id=tenant.tenant_id)
+
+    assert (resumed.status, resumed.attempt) == (JobStatus.RUNNING, 1)
+
+
+def test_resume_of_an_ended_job_is_refused(database: Database, tenant: Tenant) -> None:
+    with database.begin() as tx:
+        job = make_job(tx, tenant)
+        jobs.cancel(tx, job.id, tenant_id=tenant.tenant_id)
+
+    with database.begin() as tx, pytest.raises(JobAlreadyFinished, match="been cancelled"):
+        jobs.resume(tx, job.id, tenant_id=tenant.tenant_id)
+
+
+def test_resume_sees_no_job_of_another_tenant(
+    database: Database, owner_database: Database, tenant: Tenant
+) -> None:
+    other = make_tenant(owner_database)
+    with owner_database.begin() as tx:
+        job = make_job(tx, tenant)
+        tx.execute(update(models.job).where(models.job.c.id == job.id).values(status="paused"))
+
+    with database.begin() as tx, pytest.raises(JobNotFound):
+        jobs.resume(tx, job.id, tenant_id=other.tenant_id)
+
+
 def test_cancel_of_a_job_that_succeeded_is_refused(
     database: Database, worker_database: Database, tenant: Tenant
 ) -> None:

@@ -1,4 +1,4 @@
-"""`trimtab submit | list | show | watch | cancel | download`: jobs of a running server."""
+"""`trimtab submit | list | show | watch | cancel | resume | download`: jobs of a running server."""
 
 import json
 import os
@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command()(show)
     app.command()(watch)
     app.command()(cancel)
+    app.command()(resume)
     app.command()(download)
 
 
@@ -104,6 +105,12 @@ def cancel(job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None) -
     """Cancel a job; its checkpoints stay."""
     with _client(base_url, api_key_file) as client:
         typer.echo(client.cancel(job)["status"])
+
+
+def resume(job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None) -> None:
+    """Let a job that a guard paused go on."""
+    with _client(base_url, api_key_file) as client:
+        typer.echo(client.resume(job)["status"])
 
 
 def download(
