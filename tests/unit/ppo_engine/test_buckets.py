@@ -289,10 +289,11 @@ def test_without_clipping_no_sequence_is_named() -> None:
 
 
 def test_the_worst_of_several_passes_are_named_with_their_pass() -> None:
-    first, second = (batch_of(seed, rows=9, columns=12, kept=0.7) for seed in (0, 1))
+    first, second = (batch_of(seed, rows=9, columns=12, kept=0.7) for seed in (1, 0))
 
     found = summarize([measured(first), measured(second, minibatch=1)]).worst_sequences
 
     both = [{**row, "minibatch": 0, "epoch": 0} for row in worst_by_hand(first)]
     both += [{**row, "minibatch": 1, "epoch": 0} for row in worst_by_hand(second)]
     assert list(found) == sorted(both, key=lambda row: -row["clipped_tokens"])[:4]
+    assert {row["minibatch"] for row in found} == {0, 1}
