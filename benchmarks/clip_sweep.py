@@ -1,10 +1,11 @@
 """The same job at several clip ranges, and practically without clipping, side by side.
 
-    python benchmarks/clip_sweep.py --ranges 0.05 0.1 0.2 0.4 off --seeds 1 2 3 --out sweep/
+    python -m benchmarks.clip_sweep --ranges 0.05 0.1 0.2 0.4 off --seeds 1 2 3 --out sweep/
 
 Every range is trained with the same seeds: real jobs over HTTP that share `metadata.sweep`.  The
-service is started for it, unless `--url` and `--key` name a running one.  Leaves `sweep.json`,
-`sweep.md` and, where matplotlib is installed, `sweep.svg`.
+service is started for it, unless `--url` and `--key` name a running one; `--engine` runs the same
+jobs without the service, `--parallel` at a time.  Leaves `sweep.json`, `sweep.md` and, where
+matplotlib is installed, `sweep.svg`.
 
 What a recorded run says of other ranges is answered without training by `/clip/sweep`; this script
 answers what training with them does.
@@ -24,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import engine_runs
 from trimtab.client import Client
-from trimtab.demo import SHIPPED
 from trimtab.home import Home, models_folder
 from trimtab.stack import Stack
 from trimtab.state import StateHome
@@ -204,8 +205,8 @@ def run(
 ) -> tuple[list[Outcome], dict[str, Any]]:
     """All jobs of the sweep, and the reward curves by range and seed."""
     spec = json.loads((HERE / "clip_sweep_job.json").read_text(encoding="utf-8"))
-    spec["training_file"] = client.upload(SHIPPED / "prompts.jsonl")["id"]
-    spec["validation_file"] = client.upload(SHIPPED / "heldout.jsonl")["id"]
+    spec["training_file"] = client.upload(engine_runs.PROMPTS / "prompts.jsonl")["id"]
+    spec["validation_file"] = client.upload(engine_runs.PROMPTS / "heldout.jsonl")["id"]
     sweep = time.strftime("clip-%Y%m%d-%H%M%S")
     jobs = [
         client.create_job(_job(spec, name, seed, sweep, steps)) for seed in seeds for name in names
@@ -218,6 +219,43 @@ def run(
         outcomes.append(outcome)
         curves[f"{outcome.range}, seed {outcome.seed}"] = metrics["series"]["reward_mean"]
         print(f"{outcome.range:>9} seed {outcome.seed}: held-out {outcome.held_out_reward:.3f}")
+    return outcomes, curves
+
+
+def run_engine(
+    folder: Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None,
+    *,
+    device: str,
+    parallel: int,
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """The same jobs by the engine alone, in run directories below `folder`."""
+    spec = json.loads((HERE / "clip_sweep_job.json").read_text(encoding="utf-8"))
+    jobs = {
+        engine_runs.prepare(
+            folder / f"{name.replace(':', '-')}-seed-{seed}",
+            _job(spec, name, seed, folder.name, steps),
+            seed=seed,
+            device=device,
+        ): (name, seed)
+        for seed in seeds
+        for name in names
+    }
+    engine_runs.run_all(jobs, parallel=parallel)
+    return collect(jobs)
+
+
+def collect(jobs: Mapping[Path, tuple[str, int]]) -> tuple[list[Outcome], dict[str, Any]]:
+    """Outcomes and reward curves of runs that have ended, from what they told."""
+    outcomes, curves = [], {}
+    for folder, (name, seed) in jobs.items():
+        told = [line["values"] for line in engine_runs.lines_of(folder, "metrics")]
+        series = {metric: [values[metric] for values in told] for metric in told[0]}
+        job = {"metadata": {"range": name}, "seed": seed, "status": "succeeded"}
+        outcomes.append(outcome_of(job, {"series": series}, engine_runs.lines_of(folder, "event")))
+        curves[f"{name}, seed {seed}"] = series["reward_mean"]
     return outcomes, curves
 
 
@@ -292,22 +330,36 @@ def main() -> None:
     parser.add_argument("--url")
     parser.add_argument("--key")
     parser.add_argument("--workers", type=int, default=1, help="jobs at a time")
+    parser.add_argument("--engine", action="store_true", help="without the service")
+    parser.add_argument("--device", default="cpu", help="of --engine")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, of --engine")
     parser.add_argument("--out", type=Path, default=Path("sweep"))
     arguments = parser.parse_args()
-    with service(arguments.url, arguments.key, arguments.workers) as client:
-        outcomes, curves = run(client, arguments.ranges, arguments.seeds, arguments.steps)
+    what = (arguments.ranges, arguments.seeds, arguments.steps)
+    if arguments.engine:
+        outcomes, curves = run_engine(
+            arguments.out / "runs", *what, device=arguments.device, parallel=arguments.parallel
+        )
+    else:
+        with service(arguments.url, arguments.key, arguments.workers) as client:
+            outcomes, curves = run(client, *what)
+    write(arguments.out, outcomes, curves)
+
+
+def write(out: Path, outcomes: Sequence[Outcome], curves: Mapping[str, Any]) -> None:
+    """Table, figures and figure."""
     advice = recommend(outcomes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     text = f"{table(outcomes)}\n\n{advice.sentence}\n"
-    (arguments.out / "sweep.md").write_text(text, encoding="utf-8")
+    (out / "sweep.md").write_text(text, encoding="utf-8")
     stored = {
         "outcomes": [asdict(each) for each in outcomes],
         "recommendation": asdict(advice),
         "reward_mean": curves,
     }
-    (arguments.out / "sweep.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    (out / "sweep.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     try:
-        draw(outcomes, arguments.out / "sweep.svg")
+        draw(outcomes, out / "sweep.svg")
     except ImportError:
         print("no figure: matplotlib is not installed (pip install -e '.[bench]')")
     print(text)
