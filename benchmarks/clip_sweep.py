@@ -38,8 +38,10 @@ PRACTICALLY_OFF = {"clip_range": 0.99, "clip_range_high": 10.0}
 LAST_STEPS = 5
 """Steps at the end whose mean stands for "final"."""
 POLL_SECONDS = 2.0
-CLEAR, LEANING = 2.0, 1.0
-"""Standard errors that a lead must exceed to be called clear, or leaning."""
+CLEAR = {3: 2.92, 4: 2.35, 5: 2.13, 6: 2.02, 7: 1.94, 8: 1.89, 9: 1.86, 10: 1.83}
+"""Standard errors a lead over so many seeds must exceed to be clear: Student's t at 95 %."""
+LEANING = 1.0
+"""Standard errors beyond which a lead is called likely."""
 ENOUGH_SEEDS = 3
 PARTS = ("sample", "score", "estimate", "learn")
 COLUMNS = (
@@ -55,8 +57,10 @@ class Outcome:
     range: str
     seed: int
     status: str
-    held_out_reward: float
-    """Mean reward on prompts that were not trained on, at the end."""
+    steps: int
+    """Steps that were looked at."""
+    held_out_reward: float | None
+    """Mean reward on prompts that were not trained on, at the end; None if never measured."""
     reward: float
     """Of the training prompts; like all below, mean over the last steps unless said otherwise."""
     kl: float
@@ -73,6 +77,11 @@ class Outcome:
     """Codes of everything the diagnosis found on the way."""
     seconds_per_step: float
     """Median."""
+
+    @property
+    def judged(self) -> float:
+        """What ranges are compared by: the held-out reward, else that of the training prompts."""
+        return self.reward if self.held_out_reward is None else self.held_out_reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +117,8 @@ def outcome_of(
         range=job["metadata"]["range"],
         seed=job["seed"],
         status=job["status"],
-        held_out_reward=known("valid_reward_mean")[-1],
+        steps=len(metrics["series"]["reward_mean"]),
+        held_out_reward=(known("valid_reward_mean") or [None])[-1],
         reward=final("reward_mean"),
         kl=final("kl_reference_per_sequence"),
         entropy=final("entropy"),
@@ -123,21 +133,20 @@ def outcome_of(
 
 
 def recommend(outcomes: Sequence[Outcome]) -> Recommendation:
-    """The range with the best held-out reward, judged against the next one seed by seed.
+    """The range with the best reward, judged against the next one seed by seed.
 
     Seeds are shared, so what makes one seed luckier than another drops out of the differences.
     """
     by_range = grouped(outcomes)
     means = {
-        name: statistics.fmean(each.held_out_reward for each in rows)
-        for name, rows in by_range.items()
+        name: statistics.fmean(each.judged for each in rows) for name, rows in by_range.items()
     }
     best, *others = sorted(means, key=means.__getitem__, reverse=True)
     if not others:
         return Recommendation(range=best, confidence="none", sentence="Only one range was tried.")
     rival = others[0]
     pairs = zip(by_range[best], by_range[rival], strict=True)
-    leads = [mine.held_out_reward - theirs.held_out_reward for mine, theirs in pairs]
+    leads = [mine.judged - theirs.judged for mine, theirs in pairs]
     lead = statistics.fmean(leads)
     if len(leads) < ENOUGH_SEEDS:
         return Recommendation(
@@ -149,7 +158,8 @@ def recommend(outcomes: Sequence[Outcome]) -> Recommendation:
         )
     error = statistics.stdev(leads) / math.sqrt(len(leads))
     size = math.inf if error == 0 else lead / error
-    confidence = "clear" if size > CLEAR else "leaning" if size > LEANING else "none"
+    clear = CLEAR.get(len(leads), min(CLEAR.values()))
+    confidence = "clear" if size > clear else "leaning" if size > LEANING else "none"
     words = {
         "clear": f"{best} is better than {rival}, the next",
         "leaning": f"{best} is probably better than {rival}, the next",
@@ -193,7 +203,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], *, digits: int = 3) -> str:
+def _spread(values: Sequence[float | None], *, digits: int = 3) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    values = known
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) < 2:
         return mean
@@ -218,7 +232,7 @@ def run(
         outcome = outcome_of(ended, metrics, client.events(job["id"], limit=1000))
         outcomes.append(outcome)
         curves[f"{outcome.range}, seed {outcome.seed}"] = metrics["series"]["reward_mean"]
-        print(f"{outcome.range:>9} seed {outcome.seed}: held-out {outcome.held_out_reward:.3f}")
+        print(f"{outcome.range:>9} seed {outcome.seed}: {outcome.judged:.3f}", flush=True)
     return outcomes, curves
 
 
@@ -247,14 +261,18 @@ def run_engine(
     return collect(jobs)
 
 
-def collect(jobs: Mapping[Path, tuple[str, int]]) -> tuple[list[Outcome], dict[str, Any]]:
-    """Outcomes and reward curves of runs that have ended, from what they told."""
+def collect(
+    jobs: Mapping[Path, tuple[str, int]], *, steps: int | None = None
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Outcomes and reward curves of runs, from what they told in their first `steps` steps."""
     outcomes, curves = [], {}
     for folder, (name, seed) in jobs.items():
-        told = [line["values"] for line in engine_runs.lines_of(folder, "metrics")]
+        told = [line["values"] for line in engine_runs.lines_of(folder, "metrics")][:steps]
         series = {metric: [values[metric] for values in told] for metric in told[0]}
         job = {"metadata": {"range": name}, "seed": seed, "status": "succeeded"}
-        outcomes.append(outcome_of(job, {"series": series}, engine_runs.lines_of(folder, "event")))
+        events = engine_runs.lines_of(folder, "event")
+        within = [event for event in events if event["step"] <= len(told)]
+        outcomes.append(outcome_of(job, {"series": series}, within))
         curves[f"{name}, seed {seed}"] = series["reward_mean"]
     return outcomes, curves
 
@@ -304,7 +322,7 @@ def draw(outcomes: Sequence[Outcome], target: Path) -> None:
     axes = figure.subplots(1, 3)
     by_range = grouped(outcomes)
     panels = (
-        ("held-out reward", lambda each: each.held_out_reward),
+        ("reward", lambda each: each.judged),
         ("KL to the reference, nats per response", lambda each: each.kl),
         ("clipped tokens, share", lambda each: each.clip_fraction),
     )

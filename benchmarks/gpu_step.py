@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +23,13 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ppo_engine.config import (
-    AdvantageEstimator,
-    Critic,
-    KlEstimator,
-    LoraConfig,
-    LossAggregation,
-    TrainConfig,
-)
-from ppo_engine.guards import GuardConfig
+from ppo_engine.config import TrainConfig
 from ppo_engine.policy import BaseModel, Policy
 from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rows import Prompt
 from ppo_engine.trainer import Trainer
 
+HERE = Path(__file__).parent
 PROMPT_TOKENS = 64
 SHAPES = {
     # Qwen2.5-0.5B
@@ -99,57 +93,21 @@ class Work:
 
     def config(self, steps: int) -> TrainConfig:
         """The same work as settings of the engine."""
-        return TrainConfig(
-            clip_low=0.2,
-            clip_high=0.2,
-            dual_clip=None,
-            value_clip_range=0.2,
-            kl_coef=0.05,
-            kl_estimator=KlEstimator.K1,
-            kl_placement="reward",
-            kl_controller="fixed",
-            target_kl_per_sequence=6.0,
-            kl_horizon=10_000,
-            target_kl=None,
-            advantage_estimator=AdvantageEstimator.GAE,
-            group_size=1,
-            gamma=1.0,
-            lam=0.95,
-            lambda_value=None,
-            standardize_advantages=True,
-            reward_scaling="running_std",
-            missing_stop_penalty=0.0,
-            overlong_buffer=None,
-            mask_truncated=False,
-            bootstrap_truncated=False,
-            importance_weight_cap=None,
-            critic=Critic.SHARED_HEAD,
-            value_coef=0.1,
-            entropy_coef=0.0,
-            critic_warmup_steps=0,
-            batch_size=self.rows,
-            epochs=self.epochs,
-            minibatches=self.minibatches,
-            total_steps=steps,
-            micro_batch_size=self.micro_batch_size,
-            loss_aggregation=LossAggregation.TOKEN_MEAN,
-            learning_rate=1e-5,
-            value_learning_rate=1e-4,
-            lr_schedule="constant",
-            warmup_fraction=0.0,
-            weight_decay=0.0,
-            max_grad_norm=1.0,
-            max_prompt_tokens=PROMPT_TOKENS,
-            max_response_tokens=self.response_tokens,
-            temperature=1.0,
-            lora=LoraConfig(rank=16, alpha=32.0, target_modules="auto"),
-            precision="bf16",
-            checkpoint_interval=1000,
-            eval_interval=1000,
-            eval_samples=1,
-            stored_samples=0,
-            guards=GuardConfig(preset="off", rules=()),
-        )
+        settings = json.loads((HERE / "step_config.json").read_text(encoding="utf-8"))
+        changes = {
+            "batch_size": self.rows,
+            "epochs": self.epochs,
+            "minibatches": self.minibatches,
+            "micro_batch_size": self.micro_batch_size,
+            "max_prompt_tokens": PROMPT_TOKENS,
+            "max_response_tokens": self.response_tokens,
+            "total_steps": steps,
+            "critic_warmup_steps": 0,
+            "target_kl": None,
+            "precision": "bf16",
+            "stored_samples": 0,
+        }
+        return TrainConfig.from_dict(settings | changes)
 
 
 def random_model(shape: str) -> Any:

@@ -109,6 +109,9 @@ def update_values(
     return {
         **merge_passes(result.passes),
         "update_kl_k3_max": max(known) if known else None,
+        "nonfinite_passes": float(
+            sum(each.sums.tokens > 0 and not each.sums.grad_norms for each in result.passes)
+        ),
         "skipped_passes": float(sum(each.skipped for each in result.passes)),
         "policy_loss": result.losses.policy.item(),
         "kl_loss": result.losses.kl.item() if config.kl_placement == "loss" else None,

@@ -163,6 +163,9 @@ METRICS: dict[str, Metric] = {
         "log-ratios below this may be rounding: 1e-4, or what the self-check measured",
         "1e-4; in bf16 up to 0.05",
     ),
+    "nonfinite_passes": Metric(
+        "passes", "passes of the step whose loss or gradient was not finite; they are skipped", "0"
+    ),
     "skipped_passes": Metric(
         "passes",
         "passes of the step without an optimizer step",

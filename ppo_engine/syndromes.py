@@ -312,12 +312,14 @@ def numerics(history: History, _: MonitorSettings) -> list[Sign]:
 
 
 def _nonfinite_passes(observation: Observation) -> Sign | None:
-    """Skipped passes alone may be a guard's doing; without a gradient norm they are not."""
-    skipped = observation.values.get("skipped_passes", 0.0)
-    if skipped == 0 or "grad_norm" in observation.values:
+    count = observation.values.get("nonfinite_passes", 0.0)
+    if count == 0:
         return None
-    text = f"in step {observation.step} loss or gradient was not finite, so nothing was learned"
-    return Sign("warn", _of(observation, "skipped_passes", skipped, 0.0), text)
+    text = (
+        f"in {count:.0f} passes of step {observation.step} loss or gradient was not finite, so "
+        "nothing was learned from them"
+    )
+    return Sign("warn", _of(observation, "nonfinite_passes", count, 0.0), text)
 
 
 def _bounded_ratios(observation: Observation) -> Sign | None:
@@ -527,7 +529,7 @@ WATCHED = frozenset(
         "sampler_mismatch_ratio",
         "importance_weight_capped_fraction",
         "zero_advantage_group_fraction",
-        "skipped_passes",
+        "nonfinite_passes",
         "log_ratio_abs_max",
         "log_ratio_clamped_count",
         "grad_norm",

@@ -103,8 +103,6 @@ class Trainer:
 
     def steps(self) -> Iterator[StepReport]:
         """A report per update, until `total_steps`; stop iterating to stop the run."""
-        if self.health.can_roll_back and self.health.last_good is None:
-            self.health.last_good = take_snapshot(self, step=self.progress.step)
         while self.progress.step < self.config.total_steps:
             yield self._update()
 
@@ -248,7 +246,10 @@ class Trainer:
         return Estimates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def _check_before_the_first(self, rollout: Rollout) -> tuple[EngineEvent, ...]:
-        """The self-check, before the run's first update; SelfCheckFailed if it finds a fault."""
+        """The self-check, before the run's first update; SelfCheckFailed if it finds a fault.
+
+        What stands it is the first state a guard may roll back to.
+        """
         if self.progress.step > 0:
             return ()
         generator = torch.Generator().manual_seed(self._seed + 2)
@@ -257,6 +258,8 @@ class Trainer:
         event = self_check_event(found)
         if found.failures:
             raise SelfCheckFailed(f"{event.message} (measured: {json.dumps(found.numbers)})")
+        if self.health.can_roll_back:
+            self.health.last_good = take_snapshot(self, step=0)
         return (event,)
 
     def _values(self, rollout: Rollout, result: UpdateResult) -> dict[str, float | None]:

@@ -20,6 +20,7 @@ def outcome(name: str, seed: int, held_out_reward: float) -> Outcome:
         range=name,
         seed=seed,
         status="succeeded",
+        steps=24,
         held_out_reward=held_out_reward,
         reward=0.5,
         kl=3.0,
@@ -65,7 +66,7 @@ def test_a_lead_within_chance_is_none():
     assert "+0.010 ± 0.231 over 3 seeds" in advice.sentence
 
 
-def test_a_lead_between_one_and_two_errors_is_leaning():
+def test_a_lead_that_three_seeds_make_likely_is_leaning():
     # Leads 0.0, 0.1, 0.2: mean 0.1, standard error 0.1/√3 = 0.0577, so 1.73 of them.
     rows = [outcome("a", seed, 0.0) for seed in (1, 2, 3)]
     rows += [outcome("b", seed, lead) for seed, lead in ((1, 0.0), (2, 0.1), (3, 0.2))]
@@ -125,3 +126,14 @@ def test_an_outcome_is_read_off_what_the_api_says():
     assert (found.largest_update_kl, found.largest_ratio) == (0.3, 7.0)
     assert found.findings == ("clip", "repetition")
     assert found.seconds_per_step == 8.0
+
+
+def test_without_held_out_prompts_the_training_reward_decides():
+    rows = [
+        dataclasses.replace(outcome(name, seed, 0.0), held_out_reward=None, reward=reward + seed)
+        for name, reward in (("0.1", 0.2), ("0.2", 0.4))
+        for seed in (1, 2, 3)
+    ]
+
+    assert recommend(rows).range == "0.2"
+    assert table(rows).splitlines()[2].startswith("| 0.1 | – |")

@@ -118,7 +118,10 @@ def test_a_first_step_gone_wrong_leads_back_to_the_start(tiny_model) -> None:
     now = learned(trainer)
     assert all(torch.equal(tensor, now[name]) for name, tensor in start.items())
     assert optimizer_tensors(trainer) == {}
-    assert trainer.reward_std.state()["count"] == 0
+    # The start is that of the first update: its scores are known, the critic answers their mean.
+    assert trainer.reward_std.state()["count"] == trainer.config.batch_size
+    assert trainer.policy.value_head.bias.item() != 0
+    assert torch.count_nonzero(trainer.policy.value_head.weight) == 0
 
 
 def test_pause_asks_for_a_pause_and_changes_nothing(tiny_model) -> None:

@@ -4,15 +4,14 @@ import torch
 from ppo_engine.errors import ModelLoadFailed
 from ppo_engine.policy import BaseModel
 from ppo_engine.sampling import Sampler, draw
-from tests.tiny_run import tiny_policy, tiny_prompts
+from tests.tiny_run import tiny_config, tiny_policy, tiny_prompts
 
 # One cached token at a time and all at once are other matrix shapes: fp32 rounding.
 LOGPROB_TOLERANCE = 1e-4
 
 
 def _sampled(tiny_model, *, temperature=1.0, seed=0, max_response_tokens=12):
-    policy = tiny_policy(tiny_model)
-    policy.temperature = temperature
+    policy = tiny_policy(tiny_model, tiny_config(temperature=temperature))
     sampler = Sampler(policy=policy, max_response_tokens=max_response_tokens)
     prompts = tiny_prompts(policy.base, ["Hi", "a longer prompt than that", "?", "Go"] * 8)
     return policy, sampler.sample(prompts, torch.Generator().manual_seed(seed))
