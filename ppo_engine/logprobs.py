@@ -22,6 +22,16 @@ class TokenLogprobs(NamedTuple):
     """Entropy of the whole next-token distribution, in nats."""
 
 
+class HeadComparison(NamedTuple):
+    """Of each token, under a policy and its reference, [N] fp32."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    reference_logprobs: Tensor
+    kl: Tensor
+    """KL(π‖π_ref) = Σ_v π·(ln π − ln π_ref) over the whole vocabulary."""
+
+
 class OutputHead(NamedTuple):
     """The frozen layer from hidden states to next-token scores, and how it is used."""
 
@@ -62,17 +72,24 @@ def head_logprobs(states: Tensor, tokens: Tensor, head: OutputHead) -> TokenLogp
 
 
 @torch.no_grad()
-def head_kl(states: Tensor, reference_states: Tensor, head: OutputHead) -> Tensor:
-    """KL(π‖π_ref) = Σ_v π·(ln π − ln π_ref) over the whole vocabulary at each state, [N] fp32.
+def head_comparison(
+    states: Tensor, reference_states: Tensor, tokens: Tensor, head: OutputHead
+) -> HeadComparison:
+    """`head_logprobs` of a policy, exactly, beside a reference; the scores of each are made once.
 
-    Both are hidden states [N, H] before the same head.
+    Both are hidden states [N, H] before the same head, `tokens` [N].
     """
-    parts = [states.new_zeros(0, dtype=torch.float32)]
+    none = states.new_zeros(0, dtype=torch.float32)
+    parts = [(none, none, none, none)]
     pairs = zip(_chunks(states, head), _chunks(reference_states, head), strict=True)
-    for (chunk, real), (reference, _) in pairs:
-        ours, theirs = (torch.log_softmax(head.scores(x), dim=-1) for x in (chunk, reference))
-        parts.append((ours.exp() * (ours - theirs)).sum(dim=-1)[:real].float())
-    return torch.cat(parts)
+    for number, ((chunk, real), (reference, _)) in enumerate(pairs):
+        chosen = tokens[number * head.chunk_tokens :][:real]
+        ours, theirs = (head.scores(x)[:real] for x in (chunk, reference))
+        logprobs, entropy = _from_scores(ours, chosen)
+        log_p, log_q = (torch.log_softmax(scores, dim=-1) for scores in (ours, theirs))
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        parts.append((logprobs, entropy, _from_scores(theirs, chosen).logprobs, kl))
+    return HeadComparison(*(torch.cat(part).float() for part in zip(*parts, strict=True)))
 
 
 def _from_scores(scores: Tensor, tokens: Tensor) -> TokenLogprobs:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_engine.config import Critic, LoraConfig
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
-from ppo_engine.logprobs import OutputHead, head_kl, head_logprobs
+from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK_TOKENS = {"cuda": 1024}
@@ -285,18 +285,19 @@ class Policy(CausalPolicy):
         with self.reference():
             reference_hidden = self._hidden(tokens, attention_mask)
         chosen = tokens[:, -response_mask.shape[1] :][response_mask]
-        states = _states(hidden, response_mask)
-        reference_states = _states(reference_hidden, response_mask)
-        result = head_logprobs(states, chosen, self._head)
+        found = head_comparison(
+            _states(hidden, response_mask),
+            _states(reference_hidden, response_mask),
+            chosen,
+            self._head,
+        )
         critic_hidden = self._critic_hidden(hidden, tokens, attention_mask)
         return Estimates(
-            logprobs=_scattered(result.logprobs, response_mask),
-            entropy=_scattered(result.entropy, response_mask),
+            logprobs=_scattered(found.logprobs, response_mask),
+            entropy=_scattered(found.entropy, response_mask),
             values=self._values(critic_hidden, response_mask),
-            kl_reference_logprobs=_scattered(
-                head_logprobs(reference_states, chosen, self._head).logprobs, response_mask
-            ),
-            kl_exact=_scattered(head_kl(states, reference_states, self._head), response_mask),
+            kl_reference_logprobs=_scattered(found.reference_logprobs, response_mask),
+            kl_exact=_scattered(found.kl, response_mask),
             last_values=self._last_values(critic_hidden, response_mask),
         )
 

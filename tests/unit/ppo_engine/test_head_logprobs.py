@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine import logprobs as engine
-from ppo_engine.logprobs import OutputHead, head_kl, head_logprobs, token_logprobs
+from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs, token_logprobs
 
 ROUNDING = 1e-12
 """Of float64 sums in another order."""
@@ -149,11 +149,30 @@ def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=HALF)
 
 
+def kl_of(states: Tensor, reference_states: Tensor, head: OutputHead) -> Tensor:
+    tokens = torch.zeros(len(states), dtype=torch.long)
+    return head_comparison(states, reference_states, tokens, head).kl
+
+
+def test_a_comparison_gives_each_side_its_own_log_probabilities_to_the_bit() -> None:
+    head = head_of(dtype=torch.float32, chunk_tokens=3)
+    ours, theirs = (states_of(seed, dtype=torch.float32) for seed in (0, 1))
+    tokens = torch.arange(TOKENS) % VOCABULARY
+
+    found = head_comparison(ours, theirs, tokens, head)
+
+    alone = head_logprobs(ours, tokens, head)
+    assert torch.equal(found.logprobs, alone.logprobs)
+    assert torch.equal(found.entropy, alone.entropy)
+    assert torch.equal(found.reference_logprobs, head_logprobs(theirs, tokens, head).logprobs)
+    assert not torch.equal(found.logprobs, found.reference_logprobs)
+
+
 def test_exact_kl_is_the_written_out_sum() -> None:
     head = head_of(temperature=0.7)
     ours, theirs = states_of(0), states_of(1)
 
-    found = head_kl(ours, theirs, head)
+    found = kl_of(ours, theirs, head)
 
     for token in range(TOKENS):
         p, q = (
@@ -169,11 +188,11 @@ def test_exact_kl_is_never_negative_and_zero_for_equal_states() -> None:
     head = head_of(dtype=torch.float32)
     states = states_of(0, dtype=torch.float32)
 
-    near = head_kl(states, states_of(0, dtype=torch.float32) + 0.01, head)
+    near = kl_of(states, states_of(0, dtype=torch.float32) + 0.01, head)
 
-    assert not head_kl(states, states.clone(), head).any()
+    assert not kl_of(states, states.clone(), head).any()
     assert near.min() > 0
-    assert head_kl(states, states_of(1, dtype=torch.float32), head).min() > 0
+    assert kl_of(states, states_of(1, dtype=torch.float32), head).min() > 0
     assert near.dtype == torch.float32
 
 
@@ -188,7 +207,7 @@ def test_no_tokens_give_no_numbers() -> None:
     assert found.logprobs.shape == found.entropy.shape == (0,)
     assert states.grad is not None
     assert states.grad.shape == (0, HIDDEN)
-    assert head_kl(states, states, head).shape == (0,)
+    assert kl_of(states, states, head).shape == (0,)
 
 
 def test_the_scores_are_never_held_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
