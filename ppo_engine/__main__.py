@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,9 +26,17 @@ from transformers.utils import logging as transformers_logging
 from ppo_engine.answers import load_adapter, sample_answers, write_comparison
 from ppo_engine.checkpoint import restore_checkpoint, save_checkpoint
 from ppo_engine.config import TrainConfig
-from ppo_engine.errors import STOPPED_EXIT_CODE, DiskFull, EngineError, InvalidConfig, OutOfMemory
+from ppo_engine.errors import (
+    STOPPED_EXIT_CODE,
+    DiskFull,
+    EngineError,
+    InvalidConfig,
+    OutOfMemory,
+    SelfCheckFailed,
+)
 from ppo_engine.export import RunSummary, export_result
 from ppo_engine.graders.catalog import build_grader
+from ppo_engine.health import self_check_event
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
 from ppo_engine.prompts import EncodedPrompt, load_prompts
 from ppo_engine.reports import EngineEvent, StepReport
@@ -137,7 +146,7 @@ def _train(run: RunFile) -> Ending:
     if (saved := run.path(run.content["resume_from"])) is not None:
         _resume(trainer, saved, directory)
     reports: list[StepReport] = []
-    for report in trainer.steps():
+    for report in _steps(trainer, directory):
         directory.write_step(report)
         reports = [*reports[:1], report]
         request = directory.stop_request() or ("pause" if stop_signal.is_set else None)
@@ -153,6 +162,16 @@ def _train(run: RunFile) -> Ending:
             return Ending.PAUSED_BY_GUARD if report.wants_pause else Ending.STOPPED
     _export(run, trainer, reports, directory)
     return Ending.DONE
+
+
+def _steps(trainer: Trainer, directory: RunDirectory) -> Iterator[StepReport]:
+    """The trainer's reports; a failed self-check is told before it ends the run."""
+    try:
+        yield from trainer.steps()
+    except SelfCheckFailed:
+        if trainer.checked is not None:
+            directory.write_event(0, self_check_event(trainer.checked))
+        raise
 
 
 def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:

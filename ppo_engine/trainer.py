@@ -31,7 +31,7 @@ from ppo_engine.rewards import (
 from ppo_engine.rollout import Rollout, Samples
 from ppo_engine.sampling import Sampler
 from ppo_engine.scoring import Scorer, checked_scores
-from ppo_engine.selfcheck import self_check
+from ppo_engine.selfcheck import SelfCheck, self_check
 from ppo_engine.snapshot import take_snapshot
 from ppo_engine.update import EarlyEnd, Updater, UpdateResult, make_optimizer
 
@@ -91,6 +91,8 @@ class Trainer:
             "shuffling": torch.Generator().manual_seed(seed + 1),
         }
         self.health = Health(config)
+        self.checked: SelfCheck | None = None
+        """What the self-check found, once it has run in this process."""
         self._seed = seed
         self._scorer = scorer
         self._validation = validation[: config.eval_samples]
@@ -254,6 +256,7 @@ class Trainer:
             return ()
         generator = torch.Generator().manual_seed(self._seed + 2)
         found = self_check(self.policy, rollout, self.config, generator=generator)
+        self.checked = found
         self.health.noise_limit = max(self.health.noise_limit, found.noise)
         event = self_check_event(found)
         if found.failures:
