@@ -3,23 +3,18 @@
 import errno
 import json
 import math
-import signal
-import sys
 from contextlib import suppress
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
-from ppo_engine import selfcheck
-from ppo_engine.__main__ import _as_engine_error, main
+from ppo_engine.__main__ import _as_engine_error
 from ppo_engine.config import LoraConfig
 from ppo_engine.errors import DiskFull, InvalidConfig, ModelLoadFailed, OutOfMemory
 from ppo_engine.folders import whole_folder
 from ppo_engine.policy import BaseModel
 from ppo_engine.reports import PassSums
 from ppo_engine.run_directory import RunFile
-from tests.fakes.run_folder import make_run_folder
 from tests.tiny_run import tiny_config, tiny_policy
 
 
@@ -96,33 +91,3 @@ def test_a_folder_is_replaced_whole(tmp_path):
 
     assert [path.name for path in (tmp_path / "ck").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["ck"]
-
-
-@pytest.fixture
-def process_state():
-    """What the engine's process sets for itself, put back."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.use_deterministic_algorithms(mode=False)
-
-
-@pytest.mark.usefixtures("process_state")
-def test_a_failed_self_check_is_told_with_its_numbers_and_fails_the_run(
-    tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setitem(selfcheck.SAMPLER_LIMITS, "fp32", -1.0)  # nothing can be below it
-    entry = {"id": "tests/tiny", "path": str(tiny_model), "sha256": "0" * 64}
-    run = make_run_folder(tmp_path / "attempt-1", base_model=entry)
-
-    code = main([str(run.path / "run.json")])
-
-    (event,) = run.lines_of("event")
-    assert code == 70
-    assert run.exit()["error"]["code"] == "self_check_failed"
-    assert "nats per token" in run.exit()["error"]["message"]
-    assert (event["code"], event["level"], event["step"]) == ("self_check.failed", "error", 0)
-    assert event["data"]["log_ratio_abs_max"] == 0.0
-    assert event["data"]["failures"]
-    assert not run.lines_of("metrics")
