@@ -10,7 +10,7 @@ DIFFERENTIAL := $(VENV)/differential
 PACKAGES := api core migrations ppo_engine trimtab worker
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit check fix bench differential up clean
+.PHONY: help setup demo test test-unit chaos check fix bench differential up clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(INSTALLED) $(MODEL) ## Run the whole test suite
 
 test-unit: $(INSTALLED) ## Run the fast tests alone
 	$(BIN)/python -m pytest tests/unit
+
+chaos: $(INSTALLED) ## Kill everything under running jobs, over SEEDS seeds (default 5), and report what was lost
+	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),5)
 
 check: $(INSTALLED) ## Check format, lint, types and the direction of imports; change nothing
 	$(BIN)/ruff format --check .

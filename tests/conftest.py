@@ -33,6 +33,7 @@ BUDGET_MINUTES = {
     "integration": 5,
     "contract": 3,
     "faults": 5,
+    "chaos": 2,
     "e2e": 4,
 }
 

@@ -14,8 +14,9 @@ from uuid import UUID
 
 import psutil
 from pydantic import SecretStr
+from sqlalchemy import update
 
-from core import artifacts, feed, jobs
+from core import artifacts, feed, jobs, models
 from core.artifacts import Artifact
 from core.attempts import Holder
 from core.db import Database
@@ -46,6 +47,8 @@ FAST = {
     "cancel_seconds": 1.0,
     "offline_seconds": 30.0,
 }
+
+FAST_DISPATCHER = {"redispatch_seconds": 1.0, "reap_seconds": 0.3}
 
 
 @dataclass(kw_only=True)
@@ -134,6 +137,16 @@ class Bench:
         with self.database.begin() as tx:
             return jobs.get(tx, job_id, tenant_id=self.tenant.tenant_id)
 
+    def forget_backoff(self) -> None:
+        """Let queued jobs start again at once."""
+        with self.database.begin() as tx:
+            tx.execute(update(models.job).values(not_before=None))
+
+    def all_jobs(self) -> list[Job]:
+        """Every job of the tenant, newest first."""
+        with self.database.begin() as tx:
+            return jobs.page(tx, tenant_id=self.tenant.tenant_id, limit=1000).jobs
+
     def cancel(self, job_id: UUID) -> Job:
         with self.database.begin() as tx:
             return jobs.cancel(tx, job_id, tenant_id=self.tenant.tenant_id)
@@ -169,7 +182,7 @@ class Bench:
 
     def environment(self, **over: Any) -> dict[str, str]:
         """The variables of a worker or dispatcher process."""
-        fields = FAST | over
+        fields = FAST | FAST_DISPATCHER | over
         return {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": os.getcwd(),  # noqa: PTH109 - the root of the repository
@@ -178,8 +191,6 @@ class Bench:
             "DATABASE_URL": self.worker_url,
             "REDIS_URL": self.redis_url,
             "TRIMTAB_TRAINER_COMMAND": json.dumps(fake_trainer_command(self.plan_file)),
-            "TRIMTAB_REDISPATCH_SECONDS": "1",
-            "TRIMTAB_REAP_SECONDS": "0.3",
             **{f"TRIMTAB_{name.upper()}": str(value) for name, value in fields.items()},
         }
 
