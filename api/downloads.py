@@ -17,7 +17,7 @@ _RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
-    """Bytes that never change, and what is known about them."""
+    """Bytes as they are now, and what is known about them."""
 
     filename: str
     media_type: str
@@ -25,6 +25,8 @@ class Download:
     sha256: str
     read: Callable[[int, int], Iterator[bytes]]
     """The bytes from the first offset up to, not including, the second."""
+    is_lasting: bool = True
+    """Whether the address will always name these bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def _headers(stored: Download) -> dict[str, str]:
         "ETag": f'"sha256-{stored.sha256}"',
         "Repr-Digest": f"sha-256=:{digest}:",
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, immutable",
+        "Cache-Control": "private, immutable" if stored.is_lasting else "private, no-cache",
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(stored.filename, safe='')}",
     }
 

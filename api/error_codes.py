@@ -136,15 +136,22 @@ ERROR_CODES: dict[str, ErrorCode] = {
     "job_already_finished": ErrorCode(
         status=409,
         title="The job has already ended",
-        remedy="An ended job does not change; create a new one.",
+        remedy="An ended job does not change. Start a new one, with its checkpoint as `model`.",
+    ),
+    "cancel_pending": ErrorCode(
+        status=409,
+        title="The job is being cancelled",
+        remedy="A cancel cannot be taken back. Start a new job with its checkpoint as `model`.",
     ),
     "adapter_not_ready": ErrorCode(
         status=409,
         title="There is no adapter yet",
-        remedy="Wait until the job has succeeded.",
+        remedy="Wait for the job's first checkpoint, or for its end.",
     ),
     "no_adapter": ErrorCode(
-        status=404, title="The job ended without an adapter", remedy="See `error` of the job."
+        status=404,
+        title="The job ended before its first checkpoint",
+        remedy="See `error` of the job; a smaller `checkpoint_interval` keeps more.",
     ),
     "file_in_use": ErrorCode(
         status=409,

@@ -72,6 +72,16 @@ class CheckpointsQuery(PageQuery):
     limit: int = Field(10, ge=0, le=100, description="Items wanted at most.")
 
 
+class AdapterQuery(Query):
+    """Which adapter of a job."""
+
+    checkpoint: str | None = Field(
+        None,
+        max_length=200,
+        description="Id of a checkpoint; without: the result, or the last checkpoint before it.",
+    )
+
+
 class StepsQuery(Query):
     """A range of steps, both ends included."""
 

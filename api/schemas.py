@@ -59,6 +59,15 @@ class Latest(View):
     entropy: float | None
 
 
+class JobLimits(View):
+    """What a job may use, and whether it has."""
+
+    max_runtime_seconds: int | None
+    max_generated_tokens: int | None
+    on_limit: Literal["pause", "finish"]
+    reached: str | None = Field(description="Which of the two was reached; null while none is.")
+
+
 class JobHealth(View):
     """What the last diagnosis of a run found; `J/diagnosis` tells the rest."""
 
@@ -73,7 +82,7 @@ class Job(View):
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
-    model: str
+    model: str = Field(description="The base model.")
     fine_tuned_model: str | None
     organization_id: str
     status: JobStatus
@@ -99,6 +108,10 @@ class Job(View):
     progress: Progress
     queue: QueuePlace | None
     usage: dict[str, Any]
+    limits: JobLimits | None
+    start_checkpoint: str | None = Field(
+        description="The checkpoint whose adapter it starts from, and is held to."
+    )
     priority: int
     latest: Latest | None
     health: JobHealth

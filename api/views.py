@@ -6,7 +6,8 @@ from typing import Any
 
 from api import schemas
 from api.queries import JobFacts
-from core.artifacts import Artifact
+from core.adapter_tar import MEDIA_TYPE
+from core.artifacts import Adapter, Artifact
 from core.events import FeedItem
 from core.feed import MetricPoint
 from core.files import StoredFile
@@ -16,6 +17,7 @@ from core.ids import (
     public_file_id,
     public_job_id,
 )
+from core.limits import limits_of
 from core.models_catalog import CatalogEntry
 from core.rows import Attempt, Checkpoint, Job
 from core.states import FINAL, JobStatus, StopWanted
@@ -94,6 +96,8 @@ def job_view(job: Job, facts: JobFacts, *, organization: str) -> schemas.Job:
         ),
         queue=_queue(facts),
         usage=job.usage,
+        limits=_limits(job),
+        start_checkpoint=_start_checkpoint(job),
         priority=job.priority,
         latest=_latest(facts.recent),
         health=_health(facts.diagnosis),
@@ -143,9 +147,25 @@ def _phase(job: Job, now: datetime) -> str | None:
     return None
 
 
+_DONE_BY = {StopWanted.CANCEL: JobStatus.CANCELLED, StopWanted.PAUSE: JobStatus.PAUSED}
+
+
 def _stop_time(job: Job, wanted: StopWanted) -> int | None:
-    was_cancelled = wanted == StopWanted.CANCEL and job.status == JobStatus.CANCELLED
-    return unix_or_none(job.stop_wanted_at) if job.stop_wanted == wanted or was_cancelled else None
+    is_its_own = job.stop_wanted == wanted or job.status == _DONE_BY[wanted]
+    return unix_or_none(job.stop_wanted_at) if is_its_own else None
+
+
+def _limits(job: Job) -> schemas.JobLimits | None:
+    limits = limits_of(job.spec)
+    if limits is None:
+        return None
+    return schemas.JobLimits(**limits.model_dump(), reached=job.limit_reached)
+
+
+def _start_checkpoint(job: Job) -> str | None:
+    if job.start_job_id is None or job.start_attempt is None or job.start_step is None:
+        return None
+    return public_checkpoint_id(job.start_job_id, job.start_attempt, job.start_step)
 
 
 def _queue(facts: JobFacts) -> schemas.QueuePlace | None:
@@ -321,19 +341,25 @@ def artifact_url(job: Job, path: str) -> str:
 
 
 def manifest_view(
-    job: Job, adapter: Artifact, files: Sequence[Artifact], *, base: schemas.BaseModelRef
+    job: Job, adapter: Adapter, files: Sequence[Artifact], *, base: schemas.BaseModelRef
 ) -> schemas.Manifest:
-    """All files of a job; the adapter's tar stands out."""
+    """All files that belong to an adapter of a job; its tar stands out.
+
+    Those of the result belong to no checkpoint; a checkpoint's adapter is in its tar alone.
+    """
+    of = adapter.checkpoint
+    checkpoint_id = None if of is None else public_checkpoint_id(of.job_id, of.attempt, of.step)
+    query = "" if checkpoint_id is None else f"?checkpoint={checkpoint_id}"
     return schemas.Manifest(
         job_id=public_job_id(job.id),
-        checkpoint_id=None,
-        step=job.step,
+        checkpoint_id=checkpoint_id,
+        step=adapter.step,
         base_model=base,
         adapter=schemas.AdapterLink(
-            url=f"{job_url(job)}/adapter",
+            url=f"{job_url(job)}/adapter{query}",
             bytes=adapter.bytes,
             sha256=adapter.sha256,
-            media_type=adapter.media_type,
+            media_type=MEDIA_TYPE,
         ),
         files=[
             schemas.ManifestFile(
@@ -346,8 +372,13 @@ def manifest_view(
                 url=artifact_url(job, each.path),
             )
             for each in files
+            if of is None or each.role in _RUN_ROLES
         ],
     )
+
+
+_RUN_ROLES = frozenset({"sample", "tokens"})
+"""Roles of files that a run leaves whether it ends or not."""
 
 
 def base_model_view(entry: CatalogEntry) -> schemas.Model:

@@ -1,5 +1,6 @@
 """Results of jobs as rows; their bytes are in the artifact store."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -7,11 +8,19 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Row, select
 
-from core import models
-from core.errors import AdapterNotReady, ArtifactNotFound, FileNotFound_, NoAdapter
-from core.ids import public_file_id
-from core.rows import Job
-from core.states import FINAL
+from core import jobs, models, starts
+from core.adapter_tar import StoredAdapter, open_adapter
+from core.errors import (
+    AdapterNotReady,
+    ArtifactNotFound,
+    CheckpointNotFound,
+    FileNotFound_,
+    NoAdapter,
+)
+from core.ids import checkpoint_of, public_file_id
+from core.rows import Checkpoint, Job
+from core.states import FINAL, JobStatus
+from core.storage import ArtifactStore
 
 ADAPTER_ROLE = "adapter"
 ADAPTER_PATH = "adapter.tar"
@@ -71,13 +80,70 @@ def by_id(tx: Connection, artifact_id: UUID, *, tenant_id: UUID) -> Artifact:
     return _artifact_of(row)
 
 
-def adapter(tx: Connection, job: Job) -> Artifact:
-    """The adapter as one tar; AdapterNotReady before the end, NoAdapter if it ended without."""
-    try:
-        return by_path(tx, job.id, ADAPTER_PATH)
-    except ArtifactNotFound:
-        if job.status in FINAL:
-            raise NoAdapter(f"The job {job.status.value} without an adapter.") from None
-        raise AdapterNotReady(
-            f"The job is {job.status.value}; its adapter does not exist yet."
-        ) from None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter as one tar: the result of a job, or that of one of its checkpoints."""
+
+    sha256: str
+    bytes: int
+    step: int
+    source: Artifact | Checkpoint
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint it is of; None for the result."""
+        return self.source if isinstance(self.source, Checkpoint) else None
+
+
+Reader = Callable[[int, int], Iterator[bytes]]
+"""Bytes from an offset up to, not including, another."""
+
+
+def reader_of(store: ArtifactStore, found: Adapter) -> Reader:
+    """The adapter's bytes; ArtifactNotFound if the store lacks them."""
+    source = found.source
+    if isinstance(source, Artifact):
+        return lambda start, stop: store.read(source.uri, start=start, length=stop - start)
+    if source.adapter is None:
+        raise ArtifactNotFound
+    return open_adapter(store, f"{source.uri}/adapter", source.adapter).read
+
+
+def adapter(tx: Connection, job: Job, *, checkpoint: str | None = None) -> Adapter:
+    """The adapter of a job: its result, or before and without one that of its last checkpoint.
+
+    With the id of a `checkpoint`, that one's; CheckpointNotFound if it is none of this job.
+    AdapterNotReady while there is none yet, NoAdapter if the job ended without.
+    """
+    if checkpoint is not None:
+        return _of_checkpoint(_checkpoint_named(tx, job, checkpoint))
+    if job.status == JobStatus.SUCCEEDED:
+        try:
+            result = by_path(tx, job.id, ADAPTER_PATH)
+        except ArtifactNotFound:
+            raise NoAdapter("The job succeeded without an adapter.") from None
+        return Adapter(sha256=result.sha256, bytes=result.bytes, step=job.step, source=result)
+    if (last := starts.newest(tx, job.id)) is not None:
+        return _of_checkpoint(last)
+    if job.status in FINAL:
+        raise NoAdapter(f"The job {job.status.value} before its first checkpoint.")
+    raise AdapterNotReady(f"The job is {job.status.value} and has stored no checkpoint yet.")
+
+
+def _checkpoint_named(tx: Connection, job: Job, public_id: str) -> Checkpoint:
+    job_id, attempt, step = checkpoint_of(public_id)
+    for one in jobs.checkpoints(tx, job.id):
+        if (one.job_id, one.attempt, one.step) == (job_id, attempt, step):
+            return one
+    raise CheckpointNotFound(f"The job has no checkpoint {public_id!a}.")
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Adapter:
+    stored: StoredAdapter | None = checkpoint.adapter
+    if stored is None:
+        raise CheckpointNotFound(
+            "The checkpoint was stored by an older version, which kept no digest of its adapter."
+        )
+    return Adapter(
+        sha256=stored.sha256, bytes=stored.bytes, step=checkpoint.step, source=checkpoint
+    )

@@ -28,7 +28,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql
 
-from core import journal, models
+from core import best_checkpoint, journal, limits, models
+from core.adapter_tar import StoredAdapter
 from core.db import now
 from core.errors import AttemptLost
 from core.events import EventCode, FeedItem, Level, NewEvent, Report
@@ -80,6 +81,8 @@ class Beat:
     """The answer to a heartbeat."""
 
     stop_wanted: StopWanted | None
+    finish_wanted: bool
+    """A limit says that the job is to end with what there is."""
     items: list[FeedItem]
     """The rows just written, with their numbers."""
 
@@ -92,6 +95,9 @@ class NewCheckpoint:
     uri: str
     manifest_sha256: str
     bytes: int
+    adapter: StoredAdapter
+    is_good: bool
+    """Whether the run was healthy then; only such ones may be the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +206,7 @@ def heartbeat(
     """
     report = _unseen(tx, holder, report)
     job = _extend(tx, holder, report, ttl=ttl, phase=phase, step=step, usage=usage)
-    return Beat(stop_wanted=job.stop_wanted, items=_write_report(tx, job, report))
+    return _beat(tx, job, _write_report(tx, job, report))
 
 
 def checkpoint(
@@ -220,15 +226,10 @@ def checkpoint(
     report = _unseen(tx, holder, report)
     if _is_stored(tx, holder, new.step):
         job = _extend(tx, holder, report, ttl=ttl, phase=phase, step=new.step, usage=usage)
-        return Beat(stop_wanted=job.stop_wanted, items=_write_report(tx, job, report))
-    event = NewEvent(
-        code=EventCode.CHECKPOINT_SAVED,
-        message=f"Checkpoint saved at step {new.step}",
-        step=new.step,
-        data={"bytes": new.bytes, "manifest_sha256": new.manifest_sha256},
-    )
-    report = replace(report, items=(*report.items, event))
+        return _beat(tx, job, _write_report(tx, job, report))
     job = _extend(tx, holder, report, ttl=ttl, phase=phase, step=new.step, usage=usage)
+    items = _write_report(tx, job, report)
+    score = best_checkpoint.score_at(tx, job, new.step) if new.is_good else None
     tx.execute(
         update(models.job)
         .where(_job.id == job.id)
@@ -243,9 +244,19 @@ def checkpoint(
             uri=new.uri,
             manifest_sha256=new.manifest_sha256,
             bytes=new.bytes,
+            score=score,
+            adapter=new.adapter.to_dict(),
         )
     )
-    return Beat(stop_wanted=job.stop_wanted, items=_write_report(tx, job, report))
+    best_checkpoint.choose(tx, job.id)
+    event = NewEvent(
+        code=EventCode.CHECKPOINT_SAVED,
+        message=f"Checkpoint saved at step {new.step}",
+        step=new.step,
+        data={"bytes": new.bytes, "manifest_sha256": new.manifest_sha256, "score": score},
+    )
+    job = _add_numbers(tx, holder, 1)
+    return _beat(tx, job, [*items, *journal.write_items(tx, _place(job, 1), [event])])
 
 
 def record_resume(tx: Connection, holder: Holder, *, step: int) -> list[FeedItem]:
@@ -293,7 +304,10 @@ def resumable(tx: Connection, job_id: UUID) -> list[Checkpoint]:
 
 
 def prune_checkpoints(tx: Connection, holder: Holder, *, keep: int = 3) -> list[Checkpoint]:
-    """Give up all but the newest checkpoints and the best; those given up, for their files' end."""
+    """Give up all but the newest checkpoints and the best; those given up, for their files' end.
+
+    Rows first: what is deleted of their files once this is committed can no longer be resumed.
+    """
     _lock(tx, holder)
     newest = (
         select(_checkpoint.step, _checkpoint.attempt)
@@ -334,6 +348,7 @@ def give_up_checkpoint(
         )
         .values(resumable=False)
     )
+    best_checkpoint.choose(tx, bad.job_id)
     event = NewEvent(
         code=EventCode.CHECKPOINT_CORRUPT,
         level="warn",
@@ -381,12 +396,16 @@ def finish(
             last_seq=_job.last_seq + len(report.items) + 1,
             **({"usage": dict(usage)} if usage else {}),
         )
-        .returning(models.job)
+        .returning(models.job, literal_column("old.stop_wanted").label("stop_was_wanted"))
     ).one_or_none()
     if row is None:
         raise AttemptLost
-    job = job_of(row._asdict())
+    fields = row._asdict()
+    was_to_pause = fields.pop("stop_was_wanted") == StopWanted.PAUSE
+    job = job_of(fields)
     event = _end_event(job, "finished")
+    if was_to_pause:
+        event = replace(event, message=f"{event.message}, before it could be paused")
     items = _write_report(tx, job, replace(report, items=(*report.items, event)))
     if job.status == JobStatus.SUCCEEDED:
         _upsert_artifacts(tx, job, artifacts)
@@ -406,7 +425,7 @@ def release(
     """Hand the job back without blame: `cancelled` or `paused` if that is wanted, else `to`."""
     event = NewEvent(
         code=EventCode.WORKER_STOPPED,
-        message="The worker stopped; the job waits for the next one",
+        message="The attempt stopped in good order; the job waits for the next worker",
     )
     way = _Release(
         columns={"status": _wanted_status(to)},
@@ -560,6 +579,54 @@ def dispatch(
 
 
 # The parts of the statements.
+
+
+def _beat(tx: Connection, job: Job, items: list[FeedItem]) -> Beat:
+    """The answer to a heartbeat, with the usage just stored held against the job's limits."""
+    allowed = limits.limits_of(job.spec)
+    if allowed is not None and job.limit_reached is None:
+        reached = limits.reached(allowed, job.usage, job.budget_from)
+        if reached is not None:
+            job, told = _note_limit(tx, job, reached, on_limit=allowed.on_limit)
+            items = [*items, *told]
+    return Beat(
+        stop_wanted=job.stop_wanted,
+        finish_wanted=limits.wants_finish(job.spec, job.limit_reached),
+        items=items,
+    )
+
+
+def _note_limit(
+    tx: Connection, job: Job, reached: limits.Reached, *, on_limit: str
+) -> tuple[Job, list[FeedItem]]:
+    """The job, now to be paused unless it is to finish or is being cancelled; and the event."""
+    columns: dict[str, Any] = {}
+    if on_limit == "pause":
+        columns = {
+            "stop_wanted": func.coalesce(_job.stop_wanted, StopWanted.PAUSE),
+            "stop_wanted_at": func.coalesce(_job.stop_wanted_at, now()),
+        }
+    row = tx.execute(
+        update(models.job)
+        .where(_job.id == job.id)  # the statement before holds the row
+        .values(limit_reached=reached.name, last_seq=_job.last_seq + 1, **columns)
+        .returning(models.job)
+    ).one()
+    job = job_of(row._asdict())
+    then = "is paused" if on_limit == "pause" else "ends with what there is"
+    event = NewEvent(
+        code=EventCode.LIMIT_REACHED,
+        level="warn",
+        message=f"{reached.name} is reached: {reached.used:g} of {reached.limit}; the job {then}",
+        step=job.step,
+        data={
+            "limit": reached.name,
+            "value": reached.limit,
+            "used": reached.used,
+            "on_limit": on_limit,
+        },
+    )
+    return job, journal.write_items(tx, _place(job, 1), [event])
 
 
 def _fence(holder: Holder) -> tuple[ColumnElement[bool], ...]:
@@ -781,10 +848,20 @@ def _end_event(job: Job, reason: str) -> NewEvent:
         message = f"{message}: {job.error_message}"
     if job.status == JobStatus.PAUSED and reason == PAUSED_BY_GUARD:
         level, message = "warn", "A guard paused the job; its diagnosis says why"
+    elif job.status == JobStatus.PAUSED and job.limit_reached:
+        reason = "limit_reached"
+        message = f"The job is paused at its {job.limit_reached}; a resume grants that once more"
+    elif job.status == JobStatus.SUCCEEDED and _is_cut_short(job):
+        reason = "limit_reached"
+        message = f"The job was completed at its {job.limit_reached}, with what there was"
     data = {"from": JobStatus.RUNNING.value, "to": job.status.value, "reason": reason}
     if job.error_code:
         data["error_code"] = job.error_code
     return NewEvent(code=code, level=level, message=message, step=job.step, data=data)
+
+
+def _is_cut_short(job: Job) -> bool:
+    return job.step < job.total_steps and limits.wants_finish(job.spec, job.limit_reached)
 
 
 def _upsert_artifacts(tx: Connection, job: Job, artifacts: Sequence[NewArtifact]) -> None:

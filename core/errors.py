@@ -13,7 +13,7 @@ DomainError
 │   ├── JobNotFound, FileNotFound_, ModelNotFound, CheckpointNotFound, ArtifactNotFound
 │   └── NoAdapter                   the job ended without one
 ├── Conflict                    right request, wrong moment; permanent
-│   ├── JobAlreadyFinished, AdapterNotReady, FileInUse
+│   ├── JobAlreadyFinished, CancelPending, AdapterNotReady, FileInUse
 │   └── IdempotencyInProgress       the only one worth a retry
 ├── IdempotencyKeyReused        the same key came with another request
 ├── ArtifactExpired             it was there and has been removed
@@ -198,6 +198,12 @@ class JobAlreadyFinished(Conflict):
     """The job has finished; its state will not change any more."""
 
     code = "job_already_finished"
+
+
+class CancelPending(Conflict):
+    """The job is being cancelled; that cannot be taken back."""
+
+    code = "cancel_pending"
 
 
 class AdapterNotReady(Conflict):

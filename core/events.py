@@ -30,6 +30,8 @@ class EventCode(StrEnum):
     LEASE_EXPIRED = "lease.expired"
     WORKER_STOPPED = "worker.stopped"
     CANCEL_REQUESTED = "job.cancel_requested"
+    PAUSE_REQUESTED = "job.pause_requested"
+    PAUSE_WITHDRAWN = "job.pause_withdrawn"
     JOB_PAUSED = "job.paused"
     JOB_CANCELLED = "job.cancelled"
     JOB_FAILED = "job.failed"

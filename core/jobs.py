@@ -1,4 +1,4 @@
-"""What users do to jobs: create, look up, list, cancel, resume.  Holders: `core/attempts.py`.
+"""What users do to jobs: create, find, list, cancel, pause, resume.  Holders: `core/attempts.py`.
 
 Each function takes the caller's transaction and never commits.
 """
@@ -26,12 +26,12 @@ from sqlalchemy import (
 from core import journal, models
 from core.db import now
 from core.dispatch import DEFAULT_QUEUE, NOTIFY_CHANNEL
-from core.errors import InvalidCursor, JobAlreadyFinished, JobNotFound
+from core.errors import CancelPending, InvalidCursor, JobAlreadyFinished, JobNotFound
 from core.events import EventCode, NewEvent
 from core.ids import public_job_id
 from core.rows import Attempt, Checkpoint, Job, attempt_of, checkpoint_of, job_of
 from core.spec import SPEC_VERSION
-from core.states import FINAL, JobStatus, StopWanted
+from core.states import FINAL, HELD, JobStatus, StopWanted
 
 _job = models.job.c
 
@@ -53,6 +53,8 @@ class NewJob:
     method: str = "ppo"
     suffix: str | None = None
     metadata: Mapping[str, str] | None = None
+    start: Checkpoint | None = None
+    """The checkpoint whose adapter it starts from; None for the bare base model."""
     queue: str = DEFAULT_QUEUE
     priority: int = 0
     warnings: Sequence[Mapping[str, Any]] = ()
@@ -98,6 +100,9 @@ def create(tx: Connection, new: NewJob) -> Job:
             suffix=new.suffix,
             seed=new.resolved["seed"],
             metadata=None if new.metadata is None else dict(new.metadata),
+            start_job_id=new.start and new.start.job_id,
+            start_step=new.start and new.start.step,
+            start_attempt=new.start and new.start.attempt,
             status=JobStatus.QUEUED,
             queue=new.queue,
             priority=new.priority,
@@ -182,7 +187,7 @@ def _conditions(where: JobFilter) -> list[ColumnElement[bool]]:
 
 
 def cancel(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
-    """The job, cancelled at once or asked to stop; the same again if it is cancelled already.
+    """The job, cancelled at once or, if it is held, asked to stop; the same again if it is already.
 
     JobAlreadyFinished after success or failure.  From here on it never becomes `succeeded`.
     """
@@ -194,10 +199,7 @@ def cancel(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
             _job.tenant_id == tenant_id,
             or_(
                 _job.status.in_([JobStatus.QUEUED, JobStatus.PAUSED]),
-                and_(
-                    _job.status.in_([JobStatus.RUNNING, JobStatus.VALIDATING_FILES]),
-                    _job.stop_wanted.is_distinct_from(StopWanted.CANCEL),
-                ),
+                and_(_job.status.in_(HELD), _job.stop_wanted.is_distinct_from(StopWanted.CANCEL)),
             ),
         )
         .values(
@@ -211,19 +213,12 @@ def cancel(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
         .returning(models.job, literal_column("old.status").label("old_status"))
     ).one_or_none()
     if row is None:
-        return _already_cancelled(tx, job_id, tenant_id)
+        same = _after_no_change(tx, job_id, tenant_id, same=_SAME_ON_CANCEL, wish="cancel")
+        return same or cancel(tx, job_id, tenant_id=tenant_id)
     fields = row._asdict()
     was = JobStatus(fields.pop("old_status"))
     job = job_of(fields)
     _write(tx, job, [_cancel_event(job, was)])
-    return job
-
-
-def _already_cancelled(tx: Connection, job_id: UUID, tenant_id: UUID) -> Job:
-    """Why a cancel changed nothing: no such job, finished otherwise, or cancelled before."""
-    job = get(tx, job_id, tenant_id=tenant_id)
-    if job.status in {JobStatus.SUCCEEDED, JobStatus.FAILED}:
-        raise JobAlreadyFinished(f"The job has already {job.status.value}; nothing to cancel.")
     return job
 
 
@@ -233,7 +228,7 @@ def _cancel_event(job: Job, was: JobStatus) -> NewEvent:
             code=EventCode.JOB_CANCELLED,
             message="The job was cancelled while it was not running",
             step=job.step,
-            data={"from": was.value, "to": job.status.value, "reason": "cancel_requested"},
+            data=_move(was, job.status, "cancel_requested"),
         )
     return NewEvent(
         code=EventCode.CANCEL_REQUESTED,
@@ -242,41 +237,144 @@ def _cancel_event(job: Job, was: JobStatus) -> NewEvent:
     )
 
 
-def resume(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
-    """The job, back in the queue if it was paused; the same again if it waits or runs.
+def pause(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The job, paused at once if it waits, or asked to pause; the same again if it is already.
 
-    JobAlreadyFinished at the end of a job.  It goes on from its newest checkpoint.
+    A running job saves a checkpoint first.  JobAlreadyFinished at the end of a job, CancelPending
+    while it is being cancelled.
     """
+    waits = _job.status == JobStatus.QUEUED
     row = tx.execute(
         update(models.job)
-        .where(_job.id == job_id, _job.tenant_id == tenant_id, _job.status == JobStatus.PAUSED)
+        .where(
+            _job.id == job_id,
+            _job.tenant_id == tenant_id,
+            or_(waits, and_(_job.status.in_(HELD), _job.stop_wanted.is_(None))),
+        )
         .values(
-            status=JobStatus.QUEUED,
-            dispatched_at=None,
-            not_before=None,
+            status=case((waits, JobStatus.PAUSED), else_=_job.status),
+            stop_wanted=case((waits, None), else_=StopWanted.PAUSE),
+            stop_wanted_at=now(),
+            dispatched_at=case((waits, None), else_=_job.dispatched_at),
             last_seq=_job.last_seq + 1,
         )
         .returning(models.job)
     ).one_or_none()
     if row is None:
-        job = get(tx, job_id, tenant_id=tenant_id)
-        if job.status in FINAL:
-            raise JobAlreadyFinished(f"The job has already {_ended(job)}; start a new one.")
-        return job
+        same = _after_no_change(tx, job_id, tenant_id, same=_SAME_ON_PAUSE, wish="pause")
+        return same or pause(tx, job_id, tenant_id=tenant_id)
     job = job_of(row._asdict())
-    event = NewEvent(
-        code=EventCode.JOB_QUEUED,
-        message="The job was resumed; it goes on from its newest checkpoint",
-        step=job.step,
-        data={
-            "from": JobStatus.PAUSED.value,
-            "to": job.status.value,
-            "reason": "resume_requested",
-        },
-    )
-    _write(tx, job, [event])
-    notify(tx, job.id)
+    _write(tx, job, [_pause_event(job)])
     return job
+
+
+def _pause_event(job: Job) -> NewEvent:
+    if job.status == JobStatus.PAUSED:
+        return NewEvent(
+            code=EventCode.JOB_PAUSED,
+            message="The job was paused while it waited",
+            step=job.step,
+            data=_move(JobStatus.QUEUED, job.status, "pause_requested"),
+        )
+    when = "it has saved a checkpoint" if job.status == JobStatus.RUNNING else "its files' check"
+    return NewEvent(
+        code=EventCode.PAUSE_REQUESTED,
+        message=f"Pause requested; the job pauses after {when}",
+        step=job.step,
+    )
+
+
+def resume(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The job, back in the queue if it was paused, or without the wish to pause it.
+
+    The same again if it waits or runs.  It goes on from its newest checkpoint, its crashes are
+    forgotten, and a limit that it had reached is granted once more.  JobAlreadyFinished at the end
+    of a job, CancelPending while it is being cancelled.
+    """
+    rests = _job.status == JobStatus.PAUSED
+    row = tx.execute(
+        update(models.job)
+        .where(
+            _job.id == job_id,
+            _job.tenant_id == tenant_id,
+            or_(rests, and_(_job.status.in_(HELD), _job.stop_wanted == StopWanted.PAUSE)),
+        )
+        .values(
+            status=case((rests, JobStatus.QUEUED), else_=_job.status),
+            stop_wanted=None,
+            stop_wanted_at=None,
+            crashes=case((rests, 0), else_=_job.crashes),
+            dispatched_at=case((rests, None), else_=_job.dispatched_at),
+            not_before=case((rests, None), else_=_job.not_before),
+            limit_reached=None,
+            budget_from=case((_job.limit_reached.is_(None), _job.budget_from), else_=_job.usage),
+            last_seq=_job.last_seq + 1,
+        )
+        .returning(models.job, literal_column("old.limit_reached").label("was_at_limit"))
+    ).one_or_none()
+    if row is None:
+        same = _after_no_change(tx, job_id, tenant_id, same=_SAME_ON_RESUME, wish="resume")
+        return same or resume(tx, job_id, tenant_id=tenant_id)
+    fields = row._asdict()
+    was_at_limit = fields.pop("was_at_limit")
+    job = job_of(fields)
+    _write(tx, job, [_resume_event(job, was_at_limit)])
+    if job.status == JobStatus.QUEUED:
+        notify(tx, job.id)
+    return job
+
+
+def _resume_event(job: Job, was_at_limit: str | None) -> NewEvent:
+    again = f"; its {was_at_limit} counts anew from here" if was_at_limit else ""
+    if job.status == JobStatus.QUEUED:
+        return NewEvent(
+            code=EventCode.JOB_QUEUED,
+            message=f"The job was resumed; it goes on from its newest checkpoint{again}",
+            step=job.step,
+            data=_move(JobStatus.PAUSED, job.status, "resume_requested"),
+        )
+    return NewEvent(
+        code=EventCode.PAUSE_WITHDRAWN,
+        message=f"The pause was withdrawn; the job goes on{again}",
+        step=job.step,
+    )
+
+
+_SAME_ON_CANCEL = frozenset({JobStatus.VALIDATING_FILES, JobStatus.RUNNING, JobStatus.CANCELLED})
+_SAME_ON_PAUSE = frozenset({JobStatus.VALIDATING_FILES, JobStatus.RUNNING, JobStatus.PAUSED})
+_SAME_ON_RESUME = frozenset({JobStatus.VALIDATING_FILES, JobStatus.QUEUED, JobStatus.RUNNING})
+"""States in which a wish that changed no row is fulfilled, or noted, already."""
+
+
+def _after_no_change(
+    tx: Connection,
+    job_id: UUID,
+    tenant_id: UUID,
+    *,
+    same: frozenset[JobStatus],
+    wish: Literal["cancel", "pause", "resume"],
+) -> Job | None:
+    """The job that a wish left as it was; None if it has moved since and must be asked again.
+
+    JobAlreadyFinished or CancelPending where the wish cannot be fulfilled.
+    """
+    job = get(tx, job_id, tenant_id=tenant_id)
+    if wish != "cancel" and job.stop_wanted == StopWanted.CANCEL:
+        raise CancelPending(f"The job is being cancelled; it is too late to {wish} it.")
+    if job.status in same:
+        return job
+    if job.status not in FINAL:
+        return None
+    instead = (
+        "start a new job with its checkpoint as `model`"
+        if wish == "resume"
+        else f"there is nothing to {wish}"
+    )
+    raise JobAlreadyFinished(f"The job has already {_ended(job)}; {instead}.")
+
+
+def _move(was: JobStatus, now_is: JobStatus, reason: str) -> dict[str, Any]:
+    return {"from": was.value, "to": now_is.value, "reason": reason}
 
 
 def _ended(job: Job) -> str:

@@ -6,7 +6,9 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -142,6 +144,11 @@ job = Table(
     Column("error_code", Text),
     Column("error_message", Text),
     Column("error_param", Text),
+    Column("limit_reached", Text),
+    _json("budget_from", "{}"),
+    Column("start_job_id", Uuid),
+    Column("start_step", Integer),
+    Column("start_attempt", Integer),
     _now("created_at"),
     _moment("started_at"),
     _moment("finished_at"),
@@ -163,6 +170,13 @@ job = Table(
     CheckConstraint(
         "(finished_at is not null) = (status in ('succeeded', 'failed', 'cancelled'))",
         name="finished",
+    ),
+    CheckConstraint("num_nulls(start_job_id, start_step, start_attempt) in (0, 3)", name="start"),
+    ForeignKeyConstraint(
+        ["start_job_id", "start_step", "start_attempt"],
+        ["checkpoint.job_id", "checkpoint.step", "checkpoint.attempt"],
+        name="fk_job_start",
+        use_alter=True,  # checkpoints point at their job
     ),
     Index("ix_job_tenant", "tenant_id", text("created_at desc"), text("id desc")),
     Index(
@@ -264,6 +278,8 @@ checkpoint = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("resumable", Boolean, nullable=False, server_default=text("true")),
     Column("best", Boolean, nullable=False, server_default=text("false")),
+    Column("score", Double),
+    Column("adapter", JSONB(none_as_null=True)),
     _now("created_at"),
 )
 

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import Row
 
+from core.adapter_tar import StoredAdapter
 from core.states import JobStatus, StopWanted
 
 
@@ -52,6 +53,14 @@ class Job:
     error_code: str | None
     error_message: str | None
     error_param: str | None
+    limit_reached: str | None
+    """Which of its limits ended the present budget; None while it goes on."""
+    budget_from: dict[str, Any]
+    """What it had used when its limits began to count."""
+    start_job_id: UUID | None
+    """With the next two: the checkpoint whose adapter it starts from."""
+    start_step: int | None
+    start_attempt: int | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -81,12 +90,20 @@ class Checkpoint:
     bytes: int
     resumable: bool
     best: bool
+    score: float | None
+    """What the best is chosen by; None if it does not compete."""
+    adapter: StoredAdapter | None
+    """None for one that was stored before digests of adapters were kept."""
     created_at: datetime
 
 
 def checkpoint_of(row: Row[Any]) -> Checkpoint:
     """The checkpoint in a row of all its columns."""
-    return Checkpoint(**row._asdict())
+    columns = row._asdict()
+    stored = columns.pop("adapter")
+    return Checkpoint(
+        **columns, adapter=None if stored is None else StoredAdapter.from_dict(stored)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ from core.hyperparameters import (
     final_values,
     total_steps,
 )
+from core.limits import Limits
 
 SPEC_VERSION = 1
 """Raised when stored specs have to be read in another way."""
@@ -151,7 +152,7 @@ class JobSpec(Model):
     """The body of a job request."""
 
     model: str = Field(min_length=1, max_length=256)
-    """An offered base model."""
+    """An offered base model; or a checkpoint or a finished model, to go on from its adapter."""
     training_file: str = Field(min_length=1, max_length=128)
     """Id of a file of prompts."""
     validation_file: str | None = Field(None, min_length=1, max_length=128)
@@ -168,6 +169,8 @@ class JobSpec(Model):
     """None is offered yet."""
     hyperparameters: dict[str, Literal["auto"]] | None = None
     """Deprecated by OpenAI; only "auto" beside `method`."""
+    limits: Limits | None = None
+    """What the job may use before it is paused or finished."""
     priority: int = Field(0, ge=-100, le=100)
     """Higher runs earlier."""
 
@@ -235,16 +238,26 @@ def parse_spec(data: object) -> JobSpec:
 
 
 def resolve(
-    spec: JobSpec, *, prompts: int, context_length: int | None = None, seed: int | None = None
+    spec: JobSpec,
+    *,
+    prompts: int,
+    context_length: int | None = None,
+    seed: int | None = None,
+    start_lora: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """Final values of all settings; without a seed in the request `seed` counts, or one is drawn.
 
-    InvalidSpec if prompt and response cannot fit the model's context.
+    `start_lora` is the form of the adapter that the job starts from, and so of its own.
+    InvalidSpec if prompt and response cannot fit the model's context, or the adapter its start.
     """
     ppo = spec.ppo
-    if context_length is not None and (faults := context_faults(ppo, context_length)):
+    faults = [] if context_length is None else context_faults(ppo, context_length)
+    faults += [] if start_lora is None else _start_faults(ppo, start_lora)
+    if faults:
         raise InvalidSpec(faults=faults)
     values = final_values(ppo)
+    if start_lora is not None:
+        values["lora"] = dict(start_lora)
     chosen = _first_given(spec.seed, ppo.seed, seed, secrets.randbelow(2**SEED_BITS))
     values["seed"] = chosen
     total = total_steps(ppo, prompts)
@@ -270,6 +283,20 @@ def _combinations(spec: JobSpec) -> Iterator[Fault]:
         )
         yield Fault("/seed", "conflicting_parameters", detail)
         yield Fault(f"{POINTER}/seed", "conflicting_parameters", detail)
+
+
+def _start_faults(ppo: PpoHyperparameters, start_lora: Mapping[str, Any]) -> list[Fault]:
+    """Faults of an adapter that shall have another form than the one it starts from."""
+    given = ppo.lora.model_dump(mode="json", exclude_unset=True)
+    faults = []
+    for name, value in given.items():
+        if value != start_lora[name]:
+            detail = (
+                f"lora.{name} is {value}, but the adapter to go on from has {start_lora[name]}; "
+                "leave lora out"
+            )
+            faults.append(Fault(f"{POINTER}/lora/{name}", "invalid_combination", detail))
+    return [*faults, Fault("/model", "invalid_combination", faults[0].detail)] if faults else []
 
 
 def _unstorable(data: object) -> Iterator[Fault]:
@@ -472,6 +499,7 @@ def _unknown(location: list[int | str]) -> str:
 
 _FIELDS: dict[tuple[str, ...], type[BaseModel]] = {
     (): JobSpec,
+    ("limits",): Limits,
     ("method",): Method,
     ("method", "ppo"): PpoMethod,
     ("method", "ppo", "hyperparameters"): PpoHyperparameters,

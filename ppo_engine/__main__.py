@@ -150,16 +150,19 @@ def _train(run: RunFile) -> Ending:
         directory.write_step(report)
         reports = [*reports[:1], report]
         request = directory.stop_request() or ("pause" if stop_signal.is_set else None)
-        is_last = report.step == config.total_steps
         if request == "cancel":
             return Ending.STOPPED
-        wants_pause = request == "pause" or report.wants_pause
+        is_complete = report.step == config.total_steps
+        wants_pause = (request == "pause" or report.wants_pause) and not is_complete
+        is_last = is_complete or (request == "finish" and not wants_pause)
         if wants_pause or is_last or report.step % config.checkpoint_interval == 0:
             folder = run.folder / f"ck-{report.step}"
             digest = save_checkpoint(trainer, folder, run.base_model)
             directory.write_checkpoint(report.step, folder, digest, is_good=trainer.health.is_good)
-        if wants_pause and not is_last:
+        if wants_pause:
             return Ending.PAUSED_BY_GUARD if report.wants_pause else Ending.STOPPED
+        if is_last:
+            break
     _export(run, trainer, reports, directory)
     return Ending.DONE
 
@@ -180,6 +183,8 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
     train, validation = (
         _load_prompts(run, base, name, config.max_prompt_tokens) for name in ("train", "validation")
     )
+    if run.start_adapter is not None:
+        raise InvalidConfig("starting from an adapter is not built yet", param="model")
     policy = Policy(
         base,
         config.lora,

@@ -43,6 +43,8 @@ class RunFile:
     base_model: BaseModelRef
     folder: Path
     """The run directory: everything is written below it."""
+    start_adapter: str | None
+    """An adapter to start from, which is then the frozen reference too; None: the bare base."""
     content: dict[str, Any]
     """The whole file; what only one kind of run needs is read from here."""
 
@@ -69,6 +71,7 @@ class RunFile:
                 device=content["device"],
                 base_model=BaseModelRef(**content["base_model"]),
                 folder=path.parent / content["out"],
+                start_adapter=content.get("start_adapter"),
                 content=content,
             )
         except (OSError, ValueError, TypeError) as error:
@@ -90,7 +93,7 @@ class RunDirectory:
         self._line = 0
 
     def stop_request(self) -> str | None:
-        """`pause` or `cancel`, once the supervisor wants it."""
+        """`pause`, `cancel` or `finish`, once the supervisor wants it."""
         try:
             return (self._folder / "stop").read_text().strip() or None
         except FileNotFoundError:

@@ -10,6 +10,7 @@ from uuid import UUID
 from sqlalchemy import Connection, select
 
 from core import feed, files, jobs, keys, models
+from core.adapter_tar import StoredAdapter
 from core.attempts import Claim, NewArtifact, NewCheckpoint, claim
 from core.db import Database
 from core.events import NewClipPass, NewMetric
@@ -147,7 +148,16 @@ def clip_pass(line: int, step: int, *, epoch: int = 0, minibatch: int = 0) -> Ne
 
 
 def stored_checkpoint(step: int) -> NewCheckpoint:
-    return NewCheckpoint(step=step, uri=f"ck-{step}", manifest_sha256=DIGEST, bytes=10)
+    return NewCheckpoint(
+        step=step,
+        uri=f"ck-{step}",
+        manifest_sha256=DIGEST,
+        bytes=10,
+        adapter=StoredAdapter(
+            files={"adapter_model.safetensors": DIGEST}, sha256=DIGEST, bytes=10_240
+        ),
+        is_good=True,
+    )
 
 
 def artifact(path: str = "adapter.tar", role: str = "adapter") -> NewArtifact:

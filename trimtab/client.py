@@ -7,6 +7,7 @@ goes on at its last byte and is kept only if its digest is right.
 import hashlib
 import json
 import random
+import tarfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,9 @@ _STREAM_SILENCE_SECONDS = 45.0
 _CHUNK_BYTES = 1 << 16
 _TAR = "adapter.tar"
 _JOBS = "/v1/fine_tuning/jobs"
+_ENDED = frozenset({"succeeded", "failed", "cancelled"})
+_WAIT_SECONDS = 30
+"""How long the server is asked to hold an answer until the job has changed."""
 
 
 def is_local(url: str) -> bool:
@@ -110,9 +114,21 @@ class Client:
         """The job after the wish to cancel it was noted."""
         return self._post(f"{_JOBS}/{job_id}/cancel")
 
+    def pause(self, job_id: str) -> Json:
+        """The job after the wish to pause it was noted."""
+        return self._post(f"{_JOBS}/{job_id}/pause")
+
     def resume(self, job_id: str) -> Json:
-        """The job, back in the queue if it was paused."""
+        """The job, back in the queue if it was paused, or without a pause that had not come yet."""
         return self._post(f"{_JOBS}/{job_id}/resume")
+
+    def wait_for(self, job_id: str, *statuses: str) -> Json:
+        """The job once it has one of these states, or has ended."""
+        job = self.job(job_id)
+        while job["status"] not in _ENDED.union(statuses):
+            self._sleep(1.0)  # a busy server answers at once
+            job = self._get(f"{_JOBS}/{job_id}", headers={"Prefer": f"wait={_WAIT_SECONDS}"})
+        return job
 
     def metrics(self, job_id: str) -> Json:
         """All metrics so far, in columns."""
@@ -167,21 +183,28 @@ class Client:
 
     # -- results -----------------------------------------------------------------------------
 
-    def manifest(self, job_id: str) -> Json:
-        """What the job left: path, size and digest of each file."""
-        return self._get(f"{_JOBS}/{job_id}/artifacts")
+    def manifest(self, job_id: str, *, checkpoint: str | None = None) -> Json:
+        """What the job left, as of its end or of a checkpoint: path, size, digest of each file."""
+        params = None if checkpoint is None else {"checkpoint": checkpoint}
+        return self._get(f"{_JOBS}/{job_id}/artifacts", params=params)
 
-    def download(self, job_id: str, folder: Path) -> Json:
+    def download(self, job_id: str, folder: Path, *, checkpoint: str | None = None) -> Json:
         """The job's manifest, after each of its files is in `folder` with the right digest.
 
-        The tar of the adapter is left out: its files come one by one.
+        The files of a result come one by one.  A checkpoint's adapter comes as a tar, which is
+        unpacked and not kept.
         """
-        manifest = self.manifest(job_id)
+        manifest = self.manifest(job_id, checkpoint=checkpoint)
         files = [file for file in manifest["files"] if file["path"] != _TAR]
         targets = [(file, folder / safe_path(file["path"])) for file in files]
         for file, target in targets:
             url = f"{_JOBS}/{job_id}/artifacts/{file['path']}"
             self._download(url, target, sha256=file["sha256"])
+        if manifest.get("checkpoint_id") is not None:
+            tar = folder / _TAR
+            self._download(manifest["adapter"]["url"], tar, sha256=manifest["adapter"]["sha256"])
+            unpack(tar, folder / "adapter")
+            tar.unlink()
         text = json.dumps(manifest, indent=2) + "\n"
         (folder / "manifest.json").write_text(text, encoding="utf-8")
         return manifest
@@ -217,8 +240,13 @@ class Client:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def _get(self, url: str, params: Mapping[str, str] | None = None) -> Json:
-        return self._json(lambda: self._http.get(url, params=params))
+    def _get(
+        self,
+        url: str,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Json:
+        return self._json(lambda: self._http.get(url, params=params, headers=headers))
 
     def _post(self, url: str, body: Mapping[str, Any] | None = None) -> Json:
         headers = _idempotent()
@@ -306,6 +334,18 @@ def safe_path(path: str) -> PurePosixPath:
     if "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise Failed(f"the server offers a file with the path {path!r}; not written")
     return PurePosixPath(*parts)
+
+
+def unpack(tar: Path, folder: Path) -> None:
+    """The plain files of an archive, in `folder`; anything else in it is refused."""
+    with tarfile.open(tar, "r:") as archive:
+        for entry in archive:
+            content = archive.extractfile(entry) if entry.isfile() else None
+            if content is None:
+                raise Failed(f"the archive holds {entry.name!r}, which is no plain file")
+            target = folder / safe_path(entry.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.read())
 
 
 def _raise_for(response: httpx2.Response) -> None:

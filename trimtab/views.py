@@ -341,7 +341,7 @@ def job_lines(job: Mapping[str, Any]) -> list[str]:
     progress, latest = job.get("progress") or {}, job.get("latest") or {}
     lines = [
         f"job      {job['id']}",
-        f"status   {job['status']}" + (f" ({job['phase']})" if job.get("phase") else ""),
+        f"status   {job['status']}" + _why(job),
         f"model    {job['model']}",
         f"step     {progress.get('step', 0)} of {progress.get('total_steps', '?')}",
         f"reward   {number(latest.get('reward_mean'), '+.3f')}",
@@ -351,6 +351,14 @@ def job_lines(job: Mapping[str, Any]) -> list[str]:
     if error := job.get("error"):
         lines.append(f"error    {error.get('message')} [{error.get('code')}]")
     return [plain(line) for line in lines]
+
+
+def _why(job: Mapping[str, Any]) -> str:
+    """What goes on inside the status, or the limit at which a job stands."""
+    if job.get("phase"):
+        return f" ({job['phase']})"
+    reached = (job.get("limits") or {}).get("reached")
+    return f" (at its {reached})" if reached else ""
 
 
 def models_table(entries: Sequence[Mapping[str, Any]]) -> Table:

@@ -92,8 +92,7 @@ class Dispatcher:
             duty()
         except (DatabaseUnavailable, OperationalError) as error:
             log.warning("database.no_answer", error=first_line(error))
-            # Live workers could not extend their leases either: give them one.
-            self._next_reap = time.monotonic() + self._settings.lease_seconds
+            self._grant_a_lease()
         except (BrokerUnavailable, redis.RedisError) as error:
             log.warning("broker.no_answer", error=type(error).__name__)
         except OSError as error:
@@ -124,14 +123,20 @@ class Dispatcher:
         for one in ended:
             log.warning("lease.expired", job_id=str(one.job_id), status=one.status.value)
 
+    def _grant_a_lease(self) -> None:
+        """Reap nothing for so long: live workers could not extend their leases either."""
+        self._next_reap = time.monotonic() + self._settings.lease_seconds
+
     def _wait(self) -> None:
         """Until a job comes or a tick has passed."""
         try:
             bell = self._listen()
             for _ in bell.notifies(timeout=self._settings.tick_seconds, stop_after=1):
                 pass
-        except psycopg.Error:
+        except psycopg.Error as error:
+            log.warning("bell.lost", error=first_line(error))
             self._bell = None
+            self._grant_a_lease()  # perhaps a replica took over, whose clock of starts says nothing
             time.sleep(self._settings.tick_seconds)
 
     def _listen(self) -> psycopg.Connection:

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from core import attempts
+from core import attempts, limits
 from core.attempts import NOTHING, Beat, Claim, NewArtifact, NewCheckpoint
 from core.db import Database, first_line
 from core.errors import DatabaseUnavailable
@@ -44,6 +44,7 @@ class Hold:
         self.job = claim.job
         self.holder = claim.holder
         self.stop_wanted = claim.job.stop_wanted
+        self.finish_wanted = limits.wants_finish(claim.job.spec, claim.job.limit_reached)
         self.phase = Phase.STARTING
         self.step = claim.job.saved_step
         self.usage: Mapping[str, Any] = claim.job.usage
@@ -141,5 +142,6 @@ class Hold:
             return False
         self._last_beat = time.monotonic()
         self.stop_wanted = beat.stop_wanted
+        self.finish_wanted = beat.finish_wanted
         self._stream.send(beat.items)
         return True

@@ -14,13 +14,13 @@ from uuid import UUID
 import structlog
 from sqlalchemy import Connection, select
 
-from core import attempts, feed, files, models
+from core import attempts, feed, files, models, starts
 from core.attempts import Claim, Ended, JobError
 from core.db import Database
 from core.errors import AttemptLost, ModelNotFound, NotFound, StoredFileCorrupt
 from core.events import NewClipPass, NewEvent, NewMetric, Report
 from core.files import StoredFile
-from core.ids import public_job_id
+from core.ids import public_checkpoint_id, public_job_id
 from core.models_catalog import ModelCatalog
 from core.rows import Checkpoint
 from core.spec import Resolved
@@ -33,7 +33,7 @@ from worker.hold import NO_ANSWER, Hold
 from worker.journal import Batch, CheckpointFolder, FinalFolder, Journal, RowsFile
 from worker.settings import WorkerSettings
 from worker.stream import FeedStream
-from worker.trainer_process import TrainerEnd, TrainerProcess
+from worker.trainer_process import Stop, TrainerEnd, TrainerProcess
 from worker.workspace import Workspace, is_full
 
 ROWS_PER_TRANSACTION = 200
@@ -109,7 +109,8 @@ class Supervisor:
         self._final: FinalFolder | None = None
         self._published: attempts.NewCheckpoint | None = None
         self._saved_steps: set[int] = set()
-        self._asked: StopWanted | None = None
+        self._asked: Stop | None = None
+        self._tokens: dict[str, Any] = {}
         self._patience = float("inf")
 
     def run(self) -> None:
@@ -163,6 +164,7 @@ class Supervisor:
         try:
             training, validation = self._hold.write(self._files)
             inputs = self._workspace.fetch_inputs(training, validation)
+            start_adapter = self._fetch_start()
         except StoredFileCorrupt as fault:
             raise Unusable(JobError(code="internal_error", message=fault.message)) from None
         resolved = Resolved.from_dict(self._job.resolved)
@@ -173,6 +175,7 @@ class Supervisor:
             base_model={"id": base.id, "path": str(base.path.resolve()), "sha256": base.sha256},
             training_file=inputs.training_file,
             validation_file=inputs.validation_file,
+            start_adapter=start_adapter,
             resume_from=self._resume(),
         )
         try:
@@ -186,6 +189,21 @@ class Supervisor:
             files.get(tx, self._job.training_file_id, tenant_id=tenant),
             None if validation is None else files.get(tx, validation, tenant_id=tenant),
         )
+
+    def _fetch_start(self) -> str | None:
+        """The adapter that the job starts from, if it is not the bare base model."""
+        start = self._hold.write(lambda tx: starts.of_job(tx, self._job))
+        if start is None:
+            return None
+        try:
+            return self._workspace.fetch_adapter(start)
+        except StoredFileCorrupt as fault:
+            name = public_checkpoint_id(start.job_id, start.attempt, start.step)
+            log.warning("start.corrupt", checkpoint=name, reason=fault.message)
+            message = f"the adapter of {name} is damaged; start from another checkpoint"
+            raise Unusable(
+                JobError(code="model_load_failed", message=message, param="model")
+            ) from None
 
     def _resume(self) -> str | None:
         """The newest checkpoint that verifies, noted as the step this attempt goes on from."""
@@ -245,6 +263,7 @@ class Supervisor:
         """Store what the trainer told since the last look; False if Postgres does not answer."""
         while True:
             batch = self._journal.entries(ROWS_PER_TRANSACTION)
+            self._hold.usage = self._usage()
             if not batch.entries:
                 self._hold.beat_if_due()
                 return True
@@ -268,7 +287,9 @@ class Supervisor:
         metrics = [one for one in entries if isinstance(one, NewMetric)]
         if metrics:
             self._hold.step = metrics[-1].step
-            self._hold.usage = self._usage(metrics[-1])
+            told = metrics[-1].values
+            self._tokens = {name: told.get(name) for name in ("prompt_tokens", "response_tokens")}
+            self._hold.usage = self._usage()
         report = Report(
             items=tuple(one for one in entries if isinstance(one, NewEvent | NewMetric)),
             passes=tuple(one for one in entries if isinstance(one, NewClipPass)),
@@ -292,35 +313,45 @@ class Supervisor:
             self._workspace.thin_checkpoint(old)
         return True
 
-    def _usage(self, last: NewMetric) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """What the job has used so far, over all its attempts."""
         before = self._job.usage.get("device_seconds", 0.0)
         return {
-            "prompt_tokens": last.values.get("prompt_tokens"),
-            "response_tokens": last.values.get("response_tokens"),
+            **self._job.usage,
+            **self._tokens,
             "device_seconds": round(before + time.monotonic() - self._started, 3),
         }
 
     def _stop_if_wanted(self, trainer: TrainerProcess) -> None:
         wish = self._wish()
-        if wish is not None and wish is not self._asked and self._asked is not StopWanted.CANCEL:
+        if wish is not None and _outranks(wish, self._asked):
             log.info("trainer.asked_to_stop", wish=wish.value)
             trainer.ask_to_stop(wish)
             self._asked = wish
-            is_cancel = wish is StopWanted.CANCEL
-            grace = self._settings.cancel_seconds if is_cancel else self._settings.pause_seconds
-            self._patience = time.monotonic() + grace
+            self._patience = time.monotonic() + self._grace(wish)
         if time.monotonic() > self._patience:
             log.warning("trainer.killed", reason="did not stop in time")
             trainer.kill()
 
-    def _wish(self) -> StopWanted | None:
+    def _wish(self) -> Stop | None:
         if self._hold.stop_wanted is StopWanted.CANCEL:
-            return StopWanted.CANCEL
+            return Stop.CANCEL
         must_leave = (
             self._is_told_to_go() or self._hold.seconds_offline > self._settings.offline_seconds
         )
-        return StopWanted.PAUSE if must_leave else self._hold.stop_wanted
+        if must_leave or self._hold.stop_wanted is StopWanted.PAUSE:
+            return Stop.PAUSE
+        return Stop.FINISH if self._hold.finish_wanted else None
+
+    def _grace(self, wish: Stop) -> float:
+        """Seconds until a trainer that does not obey is killed."""
+        match wish:
+            case Stop.FINISH:
+                return float("inf")  # nobody waits: it goes on until its next boundary
+            case Stop.PAUSE:
+                return self._settings.pause_seconds
+            case Stop.CANCEL:
+                return self._settings.cancel_seconds
 
     # After it.
 
@@ -331,7 +362,7 @@ class Supervisor:
             return self._finish(self._final)
         if end.code in ERROR_OF_EXIT_CODE:
             return self._fail(_error_of(end), exit_code=end.code)
-        if end.code == STOPPED or self._asked is not None:
+        if end.code == STOPPED or self._asked in {Stop.PAUSE, Stop.CANCEL}:
             is_paused = end.reason == attempts.PAUSED_BY_GUARD
             to = JobStatus.PAUSED if is_paused else JobStatus.QUEUED
             return self._release(end.reason, exit_code=end.code, to=to)
@@ -416,6 +447,12 @@ class Supervisor:
             )
 
         return self._hold.write(write)
+
+
+def _outranks(wish: Stop, asked: Stop | None) -> bool:
+    """Whether a wish goes further than the one that was told before."""
+    order = list(Stop)
+    return asked is None or order.index(wish) > order.index(asked)
 
 
 def halved_micro_batch(resolved: dict[str, Any]) -> dict[str, Any] | None:

@@ -67,14 +67,20 @@ def _orphans(
         return []
     table = models.artifact
     named = set(tx.execute(select(table.c.uri).where(table.c.job_id == attempt.job_id)).scalars())
-    saved = models.checkpoint
-    kept = list(tx.execute(select(saved.c.uri).where(saved.c.job_id == attempt.job_id)).scalars())
+    kept = _kept_folders(tx, attempt.job_id)
     keys = {path.relative_to(root).as_posix(): path for path in old}
     return [
         path
         for key, path in keys.items()
-        if key not in named and not any(key.startswith(f"{uri}/") for uri in kept)
+        if key not in named and not any(key.startswith(folder) for folder in kept)
     ]
+
+
+def _kept_folders(tx: Connection, job_id: UUID) -> list[str]:
+    """What of a job's checkpoints stays: the whole, or the adapter of one that was given up."""
+    saved = models.checkpoint.c
+    rows = tx.execute(select(saved.uri, saved.resumable).where(saved.job_id == job_id))
+    return [f"{row.uri}/" if row.resumable else f"{row.uri}/adapter/" for row in rows]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -11,10 +11,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from core.states import StopWanted
 from worker.errors import BrokenTrainer
 
 ALLOWED_VARIABLES = frozenset(
@@ -36,6 +36,17 @@ ALLOWED_PREFIXES = ("OMP_", "MKL_")
 """And how its threads behave."""
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Stop(StrEnum):
+    """What a trainer is asked to do at its next boundary; a later one replaces an earlier."""
+
+    FINISH = "finish"
+    """Save, export what there is, and end well."""
+    PAUSE = "pause"
+    """Save and end."""
+    CANCEL = "cancel"
+    """End."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +111,12 @@ class TrainerProcess:
             return False
         return True
 
-    def ask_to_stop(self, wish: StopWanted) -> None:
+    def ask_to_stop(self, wish: Stop) -> None:
         """Leave the wish in the `stop` file; a pause also as SIGTERM, which ends a sleep."""
         draft = self._folder / "stop.tmp"
         draft.write_text(wish)
         draft.replace(self._folder / "stop")
-        if wish is StopWanted.PAUSE and self._process.poll() is None:
+        if wish is Stop.PAUSE and self._process.poll() is None:
             self._process.terminate()
 
     def kill(self) -> None:

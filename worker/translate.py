@@ -26,6 +26,8 @@ class RunInputs:
     """`id`, `path` and `sha256`."""
     training_file: str
     validation_file: str | None
+    start_adapter: str | None
+    """The adapter that training starts from and is held to; None for the bare base model."""
     resume_from: str | None
 
 
@@ -55,6 +57,7 @@ def run_file(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
         "data": {"train": inputs.training_file, "validation": inputs.validation_file},
         "config": engine_config(resolved),
         "reward": resolved.reward,
+        "start_adapter": inputs.start_adapter,
         "resume_from": inputs.resume_from,
         "out": ".",
     }

@@ -9,9 +9,7 @@ import errno
 import hashlib
 import io
 import json
-import os
 import shutil
-import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from core.adapter_tar import MEDIA_TYPE, AdapterTar, StoredAdapter
 from core.artifacts import ADAPTER_PATH, ADAPTER_ROLE, METRICS_PATH
 from core.attempts import NewArtifact, NewCheckpoint
 from core.errors import ArtifactNotFound, StoredFileCorrupt
@@ -103,6 +102,19 @@ class Workspace:
             training_file="data/train.jsonl", validation_file="data/validation.jsonl"
         )
 
+    def fetch_adapter(self, start: Checkpoint) -> str:
+        """The adapter of another job's checkpoint, every file verified against its row.
+
+        StoredFileCorrupt says what is wrong, ArtifactNotFound that a file is not there.
+        """
+        if start.adapter is None:
+            raise StoredFileCorrupt("no digest of its adapter was kept")
+        name = f"start/{ADAPTER_FOLDER}"
+        for path, digest in start.adapter.files.items():
+            key = f"{start.uri}/{ADAPTER_FOLDER}/{path}"
+            self._store.fetch(key, self.folder / name / path, sha256=digest)
+        return name
+
     def fetch_checkpoint(self, saved: Checkpoint) -> str:
         """A stored checkpoint, every file verified; StoredFileCorrupt says what is wrong."""
         name = f"resume/ck-{saved.step}"
@@ -139,8 +151,26 @@ class Workspace:
         size = len(text) + sum(described.bytes for described in manifest.files.values())
         shutil.rmtree(self.folder / folder)
         return NewCheckpoint(
-            step=told.step, uri=uri, manifest_sha256=told.manifest_sha256, bytes=size
+            step=told.step,
+            uri=uri,
+            manifest_sha256=told.manifest_sha256,
+            bytes=size,
+            adapter=self._stored_adapter(uri, manifest),
+            is_good=told.good,
         )
+
+    def _stored_adapter(self, uri: str, manifest: CheckpointManifest) -> StoredAdapter:
+        """What the checkpoint's row says of the adapter in it."""
+        folder = f"{ADAPTER_FOLDER}/"
+        digests = {
+            path.removeprefix(folder): described.sha256
+            for path, described in manifest.files.items()
+            if path.startswith(folder)
+        }
+        if not digests:
+            raise BrokenTrainer("a checkpoint holds no adapter")
+        archive = AdapterTar(self._store, {name: f"{uri}/{folder}{name}" for name in digests})
+        return StoredAdapter(files=digests, sha256=archive.sha256(), bytes=archive.num_bytes)
 
     def publish_rows(self, told: RowsFile) -> NewArtifact:
         """A file of stored responses, or of their tokens."""
@@ -177,7 +207,7 @@ class Workspace:
                 ADAPTER_PATH,
                 PurePosixPath(ADAPTER_PATH),
                 role=ADAPTER_ROLE,
-                media_type="application/x-tar",
+                media_type=MEDIA_TYPE,
             ),
             self._put_artifact(
                 METRICS_PATH, PurePosixPath(METRICS_PATH), role="export", media_type="text/csv"
@@ -257,13 +287,9 @@ def metrics_table(curves: Iterable[MetricPoint]) -> str:
 
 def write_tar(target: Path, store: ArtifactStore, keys: Mapping[str, str]) -> None:
     """A new ustar archive of stored objects by their names in it: same objects, same bytes."""
-    with tarfile.open(target, "x", format=tarfile.USTAR_FORMAT) as archive:
-        for name, key in sorted(keys.items()):
-            entry = tarfile.TarInfo(name)
-            entry.mode = 0o644
-            with store.open(key) as content:
-                entry.size = os.fstat(content.fileno()).st_size
-                archive.addfile(entry, content)
+    archive = AdapterTar(store, keys)
+    with target.open("xb") as stream:
+        stream.writelines(archive.read(0, archive.num_bytes))
 
 
 def _adapter_keys(artifacts: Iterable[NewArtifact]) -> dict[str, str]:

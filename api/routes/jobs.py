@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, look up, cancel."""
+"""Fine-tuning jobs: create, list, look up, cancel, pause, resume."""
 
 import json
 import secrets
@@ -22,7 +22,7 @@ from api.paging import next_link, page
 from api.queries import facts_of
 from api.query import JobsQuery, query_of
 from api.views import job_view
-from core import files, jobs
+from core import files, jobs, starts
 from core.errors import (
     DomainError,
     Fault,
@@ -91,7 +91,8 @@ def check_guards(spec: JobSpec) -> None:
 
 
 def _store_job(tx: Connection, services: Services, caller: Caller, spec: JobSpec) -> schemas.Job:
-    model = services.catalog.find(spec.model)
+    start = starts.find(tx, spec.model, tenant_id=caller.tenant_id)
+    model = services.catalog.find(spec.model if start is None else start.model)
     with _bad_lines_of(tx, caller, spec.training_file):
         training = files.lock_for_job(
             tx, spec.training_file, tenant_id=caller.tenant_id, param="training_file"
@@ -107,6 +108,7 @@ def _store_job(tx: Connection, services: Services, caller: Caller, spec: JobSpec
         prompts=training.rows or 0,
         seed=secrets.randbits(SEED_BITS),
         context_length=model.context_length,
+        start_lora=None if start is None else start.lora,
     )
     job = jobs.create(
         tx,
@@ -120,6 +122,7 @@ def _store_job(tx: Connection, services: Services, caller: Caller, spec: JobSpec
             validation_file_id=None if validation is None else validation.id,
             suffix=spec.suffix,
             metadata=spec.metadata,
+            start=None if start is None else start.checkpoint,
             priority=spec.priority,
             warnings=[asdict(notice) for notice in notices(spec)],
         ),
@@ -267,13 +270,22 @@ def cancel_job(
     return _changed(request, job_id, caller, services, jobs.cancel)
 
 
+@router.post("/{job_id}/pause", response_model=schemas.Job, responses=errors_of(404, 409, 412, 422))
+def pause_job(
+    request: Request, job_id: str, caller: JobsWriter, services: Api, query: Nothing
+) -> Response:
+    """Let the job rest: at once if it waits, with a checkpoint at the next step if it runs."""
+    del query
+    return _changed(request, job_id, caller, services, jobs.pause)
+
+
 @router.post(
     "/{job_id}/resume", response_model=schemas.Job, responses=errors_of(404, 409, 412, 422)
 )
 def resume_job(
     request: Request, job_id: str, caller: JobsWriter, services: Api, query: Nothing
 ) -> Response:
-    """Put a paused job back into the queue; it goes on from its newest checkpoint."""
+    """Put a paused job back into the queue, or withdraw a pause that has not come yet."""
     del query
     return _changed(request, job_id, caller, services, jobs.resume)
 

@@ -184,7 +184,7 @@ def test_a_bare_heartbeat_extends_the_lease_and_says_nothing(
             select(models.job.c.lease_until - func.now()).where(models.job.c.id == job.id)
         ).scalar_one()
 
-    assert answer == attempts.Beat(stop_wanted=None, items=[])
+    assert answer == attempts.Beat(stop_wanted=None, finish_wanted=False, items=[])
     assert left == timedelta(seconds=90)
 
 
@@ -473,12 +473,14 @@ def test_a_finished_job_has_its_results_and_stays_so(
         now = read(tx, job)
         adapter = artifacts.adapter(tx, now)
         paths = [one.path for one in artifacts.of_job(tx, job.id)]
-        by_id = artifacts.by_id(tx, adapter.id, tenant_id=job.tenant_id)
+        result = artifacts.by_path(tx, job.id, "adapter.tar")
+        by_id = artifacts.by_id(tx, result.id, tenant_id=job.tenant_id)
     assert (ended.status, now.status) == (JobStatus.SUCCEEDED, JobStatus.SUCCEEDED)
     assert (now.fine_tuned_model, now.lease_until, now.phase) == ("ft:model", None, None)
     assert (now.usage, now.finished_at is None) == ({"prompt_tokens": 4}, False)
     assert paths == ["adapter.tar", "metrics.csv"]
-    assert by_id == adapter
+    assert by_id == result == adapter.source
+    assert adapter.checkpoint is None
     assert [item.code for item in ended.items] == ["", "job.succeeded"]
 
 

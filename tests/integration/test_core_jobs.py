@@ -9,7 +9,15 @@ from core.db import Database
 from core.errors import FileInUse, InvalidCursor, JobAlreadyFinished, JobNotFound
 from core.jobs import JobFilter
 from core.states import JobStatus, StopWanted
-from tests.factories import TTL, Tenant, claim_job, make_file, make_job, make_tenant
+from tests.factories import (
+    TTL,
+    Tenant,
+    claim_job,
+    make_file,
+    make_job,
+    make_tenant,
+    stored_checkpoint,
+)
 
 TASK = "task"
 
@@ -299,7 +307,7 @@ def test_attempts_and_checkpoints_are_listed_in_order(
             attempts.checkpoint(
                 tx,
                 held.holder,
-                attempts.NewCheckpoint(step=step, uri="x", manifest_sha256="y", bytes=1),
+                stored_checkpoint(step),
                 ttl=TTL,
             )
         attempts.release(tx, held.holder)

@@ -1,4 +1,4 @@
-"""`trimtab submit | list | show | watch | cancel | resume | download`: jobs of a running server."""
+"""`trimtab submit | list | show | watch | cancel | pause | resume | download`: jobs of a server."""
 
 import json
 import os
@@ -25,6 +25,7 @@ KeyFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the API's objects.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Return when it is so, or the job has ended.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     app.command()(show)
     app.command()(watch)
     app.command()(cancel)
+    app.command()(pause)
     app.command()(resume)
     app.command()(download)
 
@@ -101,28 +103,46 @@ def watch(job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None) ->
         _watch(client, client.job(job))
 
 
-def cancel(job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None) -> None:
+def cancel(
+    job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None, *, wait: Wait = False
+) -> None:
     """Cancel a job; its checkpoints stay."""
     with _client(base_url, api_key_file) as client:
-        typer.echo(client.cancel(job)["status"])
+        shown = client.cancel(job)
+        typer.echo((client.wait_for(job) if wait else shown)["status"])
 
 
-def resume(job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None) -> None:
-    """Let a job that a guard paused go on."""
+def pause(
+    job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None, *, wait: Wait = False
+) -> None:
+    """Let a job rest; a running one saves a checkpoint first."""
     with _client(base_url, api_key_file) as client:
-        typer.echo(client.resume(job)["status"])
+        shown = client.pause(job)
+        typer.echo((client.wait_for(job, "paused") if wait else shown)["status"])
+
+
+def resume(
+    job: JobId, base_url: BaseUrl = None, api_key_file: KeyFile = None, *, wait: Wait = False
+) -> None:
+    """Let a paused job go on, or withdraw a pause that has not come yet."""
+    with _client(base_url, api_key_file) as client:
+        shown = client.resume(job)
+        typer.echo((client.wait_for(job, "running", "paused") if wait else shown)["status"])
 
 
 def download(
     job: JobId,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: the id.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Default: the result, or the last checkpoint before it.")
+    ] = None,
     base_url: BaseUrl = None,
     api_key_file: KeyFile = None,
 ) -> None:
     """Download what a job left and verify every digest; prints the folder."""
     folder = Path(job) if out is None else out
     with _client(base_url, api_key_file) as client:
-        client.download(job, folder)
+        client.download(job, folder, checkpoint=checkpoint)
     typer.echo(folder)
 
 

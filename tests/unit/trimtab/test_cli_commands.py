@@ -19,6 +19,8 @@ COMMANDS = {
     "show": "one job",
     "watch": "until it ends",
     "cancel": "checkpoints stay",
+    "pause": "saves a checkpoint first",
+    "resume": "withdraw a pause",
     "download": "every digest",
     "api": "python -m api",
     "worker": "python -m worker",

@@ -9,10 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.states import StopWanted
 from tests.fakes.waiting import wait_until
 from worker.errors import BrokenTrainer
-from worker.trainer_process import TrainerEnd, TrainerProcess, parse_exit, trainer_environment
+from worker.trainer_process import (
+    Stop,
+    TrainerEnd,
+    TrainerProcess,
+    parse_exit,
+    trainer_environment,
+)
 
 SHOW_ENVIRONMENT = "import json, os; open('environment', 'w').write(json.dumps(dict(os.environ)))"
 SLEEP = "import time; open('ready', 'w'); time.sleep(60)"
@@ -89,7 +94,7 @@ def test_a_pause_is_a_file_and_a_signal(tmp_path: Path) -> None:
     with trainer(SLEEP, tmp_path) as process:
         wait_until((tmp_path / "ready").exists)
 
-        process.ask_to_stop(StopWanted.PAUSE)
+        process.ask_to_stop(Stop.PAUSE)
 
         assert process.wait(10)
         assert process.end() == TrainerEnd(code=-signal.SIGTERM, reason="SIGTERM", error=None)
@@ -100,7 +105,7 @@ def test_a_cancel_is_a_file_only(tmp_path: Path) -> None:
     with trainer(SLEEP, tmp_path) as process:
         wait_until((tmp_path / "ready").exists)
 
-        process.ask_to_stop(StopWanted.CANCEL)
+        process.ask_to_stop(Stop.CANCEL)
 
         assert not process.wait(0.2)
     assert (tmp_path / "stop").read_text() == "cancel"

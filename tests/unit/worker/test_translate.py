@@ -79,6 +79,7 @@ def run_of(settings: Resolved) -> dict[str, Any]:
         base_model={"id": "m", "path": "/m", "sha256": "0"},
         training_file="data/train.jsonl",
         validation_file=None,
+        start_adapter="start/adapter",
         resume_from="resume/ck-4",
     )
     return run_file(settings, inputs)
@@ -124,6 +125,7 @@ def test_the_run_file_says_all_of_the_run() -> None:
     assert (run["kind"], run["attempt"], run["seed"]) == ("train", 2, 1)
     assert run["data"] == {"train": "data/train.jsonl", "validation": None}
     assert run["resume_from"] == "resume/ck-4"
+    assert run["start_adapter"] == "start/adapter"
     assert run["reward"]["type"] == "sentiment"
 
 
