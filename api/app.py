@@ -1,5 +1,6 @@
 """The application: routes, middleware, error answers, and what the process holds open."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse
 from api import openapi
 from api.deps import Services, authenticator
 from api.errors import answer_error
+from api.feed_hub import FeedHub
 from api.feed_stream import OpenStreams
 from api.middleware import Gate, RequestLog
 from api.routes import (
@@ -56,6 +58,7 @@ ROUTERS = (
 def create_app(settings: ApiSettings) -> FastAPI:
     """The application; connections are opened when it starts and closed when it ends."""
     services = build_services(settings)
+    hub = FeedHub(services)
     app = FastAPI(
         title="Trimtab",
         version=VERSION,
@@ -63,9 +66,10 @@ def create_app(settings: ApiSettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=_lifespan(services),
+        lifespan=_lifespan(services, hub),
     )
     app.state.services = services
+    app.state.feed_hub = hub
     app.state.open_streams = OpenStreams(settings.streams_per_tenant)
     for kind in (DomainError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
@@ -98,7 +102,9 @@ def build_services(settings: ApiSettings) -> Services:
     )
 
 
-def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    services: Services, hub: FeedHub
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
@@ -106,10 +112,12 @@ def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextMan
         anyio.to_thread.current_default_thread_limiter().total_tokens = (
             services.settings.num_threads
         )
+        reading = asyncio.create_task(hub.run())
         try:
             yield
         finally:
             services.stopping.set()
+            await reading
             await services.redis.aclose()
             services.database.dispose()
             services.stream_database.dispose()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import structlog
+from fastapi import FastAPI
 
 from api.__main__ import make_server
 from api.app import create_app
@@ -35,6 +36,7 @@ class LiveApi:
     """A running server."""
 
     origin: str
+    app: FastAPI
     services: Services
     store: ArtifactStore
 
@@ -74,6 +76,7 @@ def live_api(api_url: str, redis_url: str, folder: Path, **settings: Any) -> Ite
         port = listener.getsockname()[1]
         yield LiveApi(
             origin=f"http://127.0.0.1:{port}",
+            app=app,
             services=app.state.services,
             store=ArtifactStore(configured.artifacts),
         )

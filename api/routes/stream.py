@@ -7,7 +7,8 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from api.deps import Api, JobsReader
-from api.feed_stream import Cursor, FeedResponse, FeedStream, OpenStreams, parse_cursor
+from api.feed_hub import Cursor, FeedHub
+from api.feed_stream import FeedResponse, FeedStream, OpenStreams, parse_cursor
 from api.openapi import errors_of, query_parameters
 from api.query import StreamQuery, query_of
 from api.routes.jobs import find_job
@@ -47,6 +48,7 @@ async def stream_job(
     cursor = Cursor(0, 0) if not after else parse_cursor(after, job)
     if after and after != "latest" and job.status in FINAL and cursor.seq >= job.last_seq:
         return Response(status_code=204)
-    stream = FeedStream(services, caller, job, cursor=cursor, types=query.types)
+    hub: FeedHub = request.app.state.feed_hub
+    stream = FeedStream(services, hub, caller, job, cursor=cursor, types=query.types)
     open_streams: OpenStreams = request.app.state.open_streams
     return FeedResponse(stream, open_streams)

@@ -1,6 +1,8 @@
 """The live stream: every item once and in order, whatever Redis lacks."""
 
 import json
+import re
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +11,7 @@ import httpx2
 import pytest
 import redis
 
+from api.feed_hub import QUEUED_FRAMES, SLOW, FeedHub
 from core import attempts, jobs, keys
 from core.attempts import Holder
 from core.db import Database
@@ -59,12 +62,12 @@ class Worker:
     def url(self) -> str:
         return f"{JOBS}/{self.job_id}/stream"
 
-    def store(self, count: int = 1) -> list[FeedItem]:
-        """Metrics in Postgres only."""
+    def store(self, count: int = 1, *, noise: str = "") -> list[FeedItem]:
+        """Metrics in Postgres only; noise makes them large."""
         items = []
         for _ in range(count):
             self._line += 1
-            items.append(metric(self._line, self._line))
+            items.append(metric(self._line, self._line, **{f"reward_mean{noise}": 1.0}))
         with self._database.begin() as tx:
             beat = attempts.heartbeat(
                 tx, self.holder, ttl=TTL, phase=Phase.TRAINING, report=Report(items=tuple(items))
@@ -116,6 +119,10 @@ class Reader:
     def wait_for(self, seq: int) -> None:
         wait_until(lambda: seq in self.seqs)
 
+    def wait_for_id(self, frame_id: str) -> None:
+        """The same for long streams: looks at the last lines only."""
+        wait_until(lambda: f"id: {frame_id}" in self.lines[-4:])
+
     def join(self) -> "Reader":
         self._thread.join(20)
         assert not self._thread.is_alive()
@@ -163,6 +170,108 @@ def test_what_redis_lacks_comes_from_postgres(
     worker.finish()
 
     assert reader.join().seqs == list(range(1, 19))
+
+
+def test_what_redis_has_trimmed_comes_from_postgres(
+    client: httpx2.Client, worker: Worker, redis_url: str
+) -> None:
+    """XREAD from a trimmed id goes on at the next entry and says nothing of those between."""
+    reader = Reader(client, worker.url)
+    reader.wait_for(2)
+
+    items = worker.store(10)
+    with redis.Redis.from_url(redis_url) as connection, connection.pipeline() as at_once:
+        for item in items:
+            text = json.dumps(feed_payload(item))
+            at_once.xadd(feed_key(item.job_id), {"item": text}, id=item.id)
+        at_once.xtrim(feed_key(items[0].job_id), maxlen=2, approximate=False)
+        at_once.execute()
+    worker.finish()
+
+    assert reader.join().seqs == list(range(1, 14))
+
+
+def test_a_burst_of_more_than_a_queue_reaches_a_client_that_reads(
+    api: LiveApi, client: httpx2.Client, worker: Worker
+) -> None:
+    reader = Reader(client, worker.url)
+    reader.wait_for(2)
+
+    worker.store(5 * QUEUED_FRAMES)
+    worker.finish()
+
+    assert reader.join().seqs == list(range(1, 5 * QUEUED_FRAMES + 4))
+    assert hub_of(api).closed[SLOW] == 0
+
+
+def test_all_streams_share_one_reader_of_redis(
+    api: LiveApi, tenant: Tenant, worker: Worker, servers: Servers
+) -> None:
+    clients = [api.client(tenant) for _ in range(3)]
+    with redis.Redis.from_url(servers.redis_admin_url) as admin:
+        readers = [Reader(each, worker.url) for each in clients]
+        for reader in readers:
+            reader.wait_for(2)
+        wait_until(lambda: hub_of(api).num_streams == 3)
+        blocked = [one for one in admin.client_list() if one["cmd"] == "xread"]
+    worker.finish()
+    for reader, each in zip(readers, clients, strict=True):
+        reader.join()
+        each.close()
+
+    assert len(blocked) == 1
+
+
+def test_a_client_that_does_not_read_is_closed_and_goes_on_at_its_last_id(
+    api: LiveApi, client: httpx2.Client, worker: Worker, tenant: Tenant, redis_url: str
+) -> None:
+    """Nothing is kept for it meanwhile, and who reads beside it loses nothing."""
+    fast = Reader(client, worker.url)
+    fast.wait_for(2)
+    host, _, port = api.origin.removeprefix("http://").partition(":")
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(port)))
+        request = (
+            f"GET {worker.url} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {tenant.secret}\r\n"
+        )
+        slow.sendall(f"{request}\r\n".encode())
+        wait_until(lambda: hub_of(api).num_streams == 2)
+
+        told = 2
+        while not hub_of(api).closed[SLOW]:
+            items = worker.store(20, noise="x" * 60_000)
+            push(redis_url, items)
+            told = items[-1].seq
+            assert told < 1000, "60 MB wait for a client that does not read"
+            fast.wait_for_id(f"1-{told}")
+        assert hub_of(api).num_streams == 1
+        seen = last_id(received(slow))
+    worker.finish()
+
+    again = Reader(client, worker.url, **{"Last-Event-ID": seen}).join()
+    everything = list(range(1, told + 2))
+    assert fast.join().seqs == everything
+    assert again.seqs == everything[int(seen.split("-")[1]) :]
+
+
+def hub_of(api: LiveApi) -> FeedHub:
+    """The hub of a running server."""
+    hub: FeedHub = api.app.state.feed_hub
+    return hub
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that the server had sent before it let go."""
+    parts = []
+    while part := connection.recv(1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def last_id(text: bytes) -> str:
+    """The id of the last whole frame in a cut answer, without the marks of its chunks."""
+    return re.findall(rb"id: (\d+-\d+)\ndata: .*?\n\n", text, re.DOTALL)[-1].decode()
 
 
 def test_without_redis_the_stream_goes_on(
