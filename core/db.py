@@ -8,7 +8,7 @@ from functools import partial
 
 from sqlalchemy import Connection, create_engine, func
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.sql.functions import Function
 
@@ -53,7 +53,10 @@ class Database:
             connect_args={
                 "connect_timeout": 5,
                 "application_name": "trimtab",
-                "options": f"-c statement_timeout={milliseconds} -c timezone=UTC",
+                "options": f"-c statement_timeout={milliseconds}"
+                # Postgres ends the session of a process that was frozen within a transaction, or
+                # cut off: it would keep its rows locked, and the reaper passes over locked rows.
+                f" -c idle_in_transaction_session_timeout={milliseconds} -c timezone=UTC",
             },
         )
 
@@ -68,7 +71,7 @@ class Database:
                 yield connection
         except PoolTimeout as error:
             raise DatabaseUnavailable("all database connections are busy") from error
-        except (OperationalError, InterfaceError) as error:
+        except (OperationalError, InterfaceError, InternalError) as error:
             if _is_lost(error):
                 raise DatabaseUnavailable from error
             raise
@@ -78,10 +81,12 @@ class Database:
         self.engine.dispose()
 
 
-def _is_lost(error: OperationalError | InterfaceError) -> bool:
+def _is_lost(error: OperationalError | InterfaceError | InternalError) -> bool:
     """Whether the connection is to blame rather than the statement.
 
-    Connection failures carry no SQLSTATE, class 08, or 57P0x (the server is going down).
+    Connection failures carry no SQLSTATE, class 08, 57P0x (the server is going down) or 25P03 (the
+    transaction was left idle for too long).
     """
     state = getattr(error.orig, "sqlstate", None)
-    return error.connection_invalidated or state is None or state[:2] == "08" or state[:4] == "57P0"
+    is_cut = state is None or state[:2] == "08" or state[:4] == "57P0" or state == "25P03"
+    return error.connection_invalidated or is_cut

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, func, select, update
 from core import artifacts, attempts, feed, jobs, models
 from core.attempts import Claim, Holder, JobError
 from core.db import Database
-from core.errors import AttemptLost
+from core.errors import AttemptLost, DatabaseUnavailable
 from core.events import EventCode, NewEvent, Report
 from core.rows import Job
 from core.states import JobStatus, Phase, StopWanted
@@ -26,6 +26,7 @@ from tests.factories import (
     stored_checkpoint,
     visible_passes,
 )
+from tests.fakes.waiting import wait_until
 
 RACES = 100
 LONG_AGO = timedelta(hours=-1)
@@ -761,6 +762,31 @@ def test_the_reaper_honours_a_wanted_cancel(
     with worker_database.begin() as tx:
         attempts.reap(tx, ttl=timedelta(0))
         assert read(tx, job).status == JobStatus.CANCELLED
+
+
+def test_a_holder_frozen_within_a_transaction_keeps_its_job_no_longer_than_a_statement_may_take(
+    worker_url: str, worker_database: Database, job: Job, held: Claim
+) -> None:
+    """Its session holds the row, and the reaper passes over locked rows."""
+    frozen = Database(worker_url, statement_timeout_seconds=1)
+    expire(worker_database, job)
+
+    def reaped() -> list[attempts.Ended]:
+        with worker_database.begin() as tx:
+            return attempts.reap(tx, ttl=timedelta(0))
+
+    def come_back_late() -> None:
+        with frozen.begin() as tx:
+            beat(tx, held.holder)
+            freed.extend(wait_until(reaped))
+            tx.execute(select(1))
+
+    freed: list[attempts.Ended] = []
+    with pytest.raises(DatabaseUnavailable):
+        come_back_late()
+    frozen.dispose()
+
+    assert [one.job_id for one in freed] == [job.id]
 
 
 @pytest.mark.usefixtures("held")

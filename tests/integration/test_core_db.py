@@ -8,6 +8,7 @@ from core import models
 from core.db import Database, first_line, now
 from core.errors import DatabaseUnavailable
 from tests.factories import Tenant, make_job
+from tests.fakes.waiting import wait_until
 
 
 def test_a_block_that_raises_changes_nothing(database: Database, tenant: Tenant) -> None:
@@ -83,6 +84,27 @@ def test_a_statement_has_a_time_limit(api_url: str) -> None:
     with pytest.raises(DBAPIError, match="statement timeout"), database.begin() as tx:
         tx.execute(text("select pg_sleep(5)"))
     database.dispose()
+
+
+def test_a_transaction_that_is_left_idle_is_ended(api_url: str, database: Database) -> None:
+    forgetful = Database(api_url, statement_timeout_seconds=0.1)
+
+    def is_gone(pid: int) -> bool:
+        with database.begin() as tx:
+            found = tx.execute(
+                text("select 1 from pg_stat_activity where pid = :pid"), {"pid": pid}
+            )
+            return found.first() is None
+
+    def come_back_late() -> None:
+        with forgetful.begin() as tx:
+            pid = tx.execute(text("select pg_backend_pid()")).scalar_one()
+            wait_until(lambda: is_gone(pid))
+            tx.execute(text("select 1"))
+
+    with pytest.raises(DatabaseUnavailable):
+        come_back_late()
+    forgetful.dispose()
 
 
 def test_json_that_is_none_is_refused(database: Database, tenant: Tenant) -> None:
