@@ -1,13 +1,17 @@
-"""How rows are cut into micro-batches: always the same number of rows, filled up where needed.
+"""How the rows of a rollout are cut into micro-batches.
 
-The old log-probabilities and every pass go through the same [rows, P+T] shape.  Matrix products of
-another shape round differently, and the first ratio would not be exactly 1.
+The old log-probabilities and every pass must round a row in the same way, or the first ratio is not
+exactly 1.  Three layouts keep to that, each where it is needed: see `Layout`.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ppo_engine.packing import filled_length
+from ppo_engine.policy import CausalPolicy
+from ppo_engine.rollout import Samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +22,51 @@ class MicroBatch:
     """[size] int64; row numbers in the rollout."""
     is_real: Tensor
     """[size] bool; False = a filler that must count nowhere."""
+    pad_to: int = 0
+    """Tokens of the forward pass, at least; filled up."""
 
 
-def micro_batches(rows: Tensor, size: int) -> list[MicroBatch]:
-    """`rows` in order, `size` at a time; the last one is filled up with the first row."""
+class Layout:
+    """Micro-batches for the rows of one rollout.
+
+    - Padded rows (models that our decoder does not know): always the same [size, P+T], filled up
+      with the first row.
+    - Packed rows in fp32: rows of like length together, as many as fit the tokens of `size` longest
+      rows.  Products round a row the same whatever stands beside it.
+    - Packed rows in other formats: `size` rows at a time, filled up to one number of tokens.
+    """
+
+    def __init__(self, policy: CausalPolicy, samples: Samples, size: int) -> None:
+        self._size = size
+        self._packs = policy.packs
+        self._has_one_shape = policy.rounds_by_shape
+        lengths = samples.attention_mask.sum(dim=1).tolist()
+        self._lengths = torch.tensor([filled_length(length) for length in lengths])
+
+    def micro_batches(self, rows: Tensor) -> list[MicroBatch]:
+        """The numbered rows, each once."""
+        if not self._packs:
+            return _filled(rows, self._size)
+        if self._has_one_shape:
+            pad_to = int(self._lengths.sort(descending=True).values[: self._size].sum())
+            return [_real(part, pad_to) for part in rows.split(self._size)]
+        lengths = self._lengths[rows.cpu()]
+        order = lengths.argsort(descending=True, stable=True)
+        budget = self._size * int(self._lengths.max())
+        ends, tokens = [], 0
+        for place, length in enumerate(lengths[order].tolist()):
+            if tokens + length > budget:
+                ends.append(place)
+                tokens = 0
+            tokens += length
+        return [_real(part) for part in rows[order.to(rows.device)].tensor_split(ends)]
+
+
+def _real(rows: Tensor, pad_to: int = 0) -> MicroBatch:
+    return MicroBatch(rows, torch.ones_like(rows, dtype=torch.bool), pad_to)
+
+
+def _filled(rows: Tensor, size: int) -> list[MicroBatch]:
     missing = -len(rows) % size
     filled = torch.cat([rows, rows[:1].expand(missing)])
     is_real = torch.arange(len(filled), device=rows.device) < len(rows)

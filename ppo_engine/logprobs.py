@@ -1,9 +1,9 @@
 """Log-probabilities and entropies of sampled tokens, from hidden states to fp32 numbers.
 
-The output head is by far the widest layer, so its scores are never held for all tokens at once:
-they are made chunk by chunk, and made again in the backward pass.  Every chunk has the same shape,
-filled up where needed, because products of another shape round differently and the first ratio of
-an update would not be exactly 1.
+The output head is by far the widest layer, so its scores are never held for the whole vocabulary at
+once: they are made block by block, and what is wanted of them is summed up on the way, as attention
+does over its keys (online softmax, arXiv:1805.02867).  The gradient is summed up in the same walk,
+so the backward pass makes no scores again.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ppo_engine.packing import FEWEST_TOKENS
 
 
 class TokenLogprobs(NamedTuple):
@@ -41,14 +43,32 @@ class OutputHead(NamedTuple):
     """[V], or None."""
     temperature: float
     """τ."""
-    chunk_tokens: int
-    """Tokens whose scores are held at once; more need memory, on a GPU they save time."""
+    block_entries: int
+    """Vocabulary entries whose scores are held at once; more need memory."""
+
+    def blocks(self) -> Iterator[tuple[int, "OutputHead"]]:
+        """The head in parts of about equal size, each with the number of its first entry."""
+        count = -(-len(self.weight) // self.block_entries)
+        size = -(-len(self.weight) // count)
+        for start in range(0, len(self.weight), size):
+            part = slice(start, start + size)
+            bias = None if self.bias is None else self.bias[part]
+            yield start, self._replace(weight=self.weight[part], bias=bias)
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V], at least fp32 whatever the model's format is."""
         wide = torch.promote_types(states.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(wide)
-        return nn.functional.linear(states.to(wide), self.weight.to(wide), bias) / self.temperature
+        return self._scaled(states.to(wide) @ self.weight.to(wide).t())
+
+    def scores_of_few(self, states: Tensor) -> Tensor:
+        """The same, faster for few tokens: with the weights on the left of the product."""
+        wide = torch.promote_types(states.dtype, torch.float32)
+        return self._scaled((self.weight.to(wide) @ states.to(wide).t()).t().contiguous())
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        if self.bias is not None:
+            scores += self.bias.to(scores)
+        return scores if self.temperature == 1 else scores.div_(self.temperature)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> TokenLogprobs:
@@ -59,16 +79,24 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> Tok
 
     `logits` are [..., V], `tokens` [...]; results are fp32 whatever the logits are.
     """
-    return _from_scores(logits.float() / temperature, tokens)
+    scores = logits.float() / temperature
+    log_normalizer = torch.logsumexp(scores, dim=-1)
+    chosen = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    entropy = log_normalizer - (torch.softmax(scores, dim=-1) * scores).sum(-1)
+    return TokenLogprobs(chosen - log_normalizer, entropy)
 
 
-def head_logprobs(states: Tensor, tokens: Tensor, head: OutputHead) -> TokenLogprobs:
+def head_logprobs(
+    states: Tensor, tokens: Tensor, head: OutputHead, *, entropy_gradient: bool = True
+) -> TokenLogprobs:
     """`token_logprobs` of hidden states [N, H] for tokens [N], in bounded memory.
 
-    Differentiable in `states`; the head is frozen.  Tokens whose result nobody differentiates, such
-    as clipped ones, cost nothing in the backward pass.
+    Differentiable in `states`; the head is frozen.  Without `entropy_gradient` the entropy is a
+    number only, which saves a third of the work.
     """
-    return TokenLogprobs(*_HeadLogprobs.apply(states, tokens, head))  # type: ignore[no-untyped-call]
+    is_trained = torch.is_grad_enabled() and states.requires_grad
+    gradients = _Gradients(of_logprobs=is_trained, of_entropy=is_trained and entropy_gradient)
+    return TokenLogprobs(*_HeadLogprobs.apply(states, tokens, head, gradients))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -79,69 +107,127 @@ def head_comparison(
 
     Both are hidden states [N, H] before the same head, `tokens` [N].
     """
-    none = states.new_zeros(0, dtype=torch.float32)
-    parts = [(none, none, none, none)]
-    pairs = zip(_chunks(states, head), _chunks(reference_states, head), strict=True)
-    for number, ((chunk, real), (reference, _)) in enumerate(pairs):
-        chosen = tokens[number * head.chunk_tokens :][:real]
-        ours, theirs = (head.scores(x)[:real] for x in (chunk, reference))
-        logprobs, entropy = _from_scores(ours, chosen)
-        log_p, log_q = (torch.log_softmax(scores, dim=-1) for scores in (ours, theirs))
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-        parts.append((logprobs, entropy, _from_scores(theirs, chosen).logprobs, kl))
-    return HeadComparison(*(torch.cat(part).float() for part in zip(*parts, strict=True)))
+    ours, theirs = _Walk(states, tokens), _Walk(reference_states, tokens)
+    difference = torch.zeros_like(ours.top)
+    for start, block in head.blocks():
+        our_scores, their_scores = (block.scores(walk.states) for walk in (ours, theirs))
+        ours_less_theirs = our_scores - their_scores
+        before = ours.top
+        weights = ours.take_in(start, our_scores)
+        theirs.take_in(start, their_scores)
+        difference *= (before - ours.top).exp()
+        difference += torch.linalg.vecdot(weights, ours_less_theirs)
+    kl = difference / ours.total - ours.log_normalizer + theirs.log_normalizer
+    real = len(states)
+    found = (ours.logprobs, ours.entropy, theirs.logprobs, kl)
+    return HeadComparison(*(each[:real].float() for each in found))
 
 
-def _from_scores(scores: Tensor, tokens: Tensor) -> TokenLogprobs:
-    log_normalizer = torch.logsumexp(scores, dim=-1)
-    chosen = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    entropy = log_normalizer - (torch.softmax(scores, dim=-1) * scores).sum(-1)
-    return TokenLogprobs(chosen - log_normalizer, entropy)
+class _Gradients(NamedTuple):
+    """Which gradients a walk sums up."""
+
+    of_logprobs: bool
+    of_entropy: bool
 
 
-def _chunks(states: Tensor, head: OutputHead) -> Iterator[tuple[Tensor, int]]:
-    """Chunks of `chunk_tokens` rows, the last filled up, and how many rows of each are real."""
-    missing = -len(states) % head.chunk_tokens
-    filled = nn.functional.pad(states, (0, 0, 0, missing))
-    for start in range(0, len(states), head.chunk_tokens):
-        real = min(head.chunk_tokens, len(states) - start)
-        yield filled[start : start + head.chunk_tokens], real
+class _Walk:
+    """Running sums over the vocabulary, relative to the highest score so far; N tokens, [N]."""
+
+    def __init__(self, states: Tensor, tokens: Tensor) -> None:
+        missing = max(0, FEWEST_TOKENS - len(states))
+        wide = torch.promote_types(states.dtype, torch.float32)
+        self.states = nn.functional.pad(states, (0, 0, 0, missing)).to(wide)
+        """[N, H], filled up."""
+        self._tokens = nn.functional.pad(tokens, (0, missing))
+        zeros = self.states.new_zeros(len(self.states))
+        self.top = zeros - torch.inf
+        """Highest score."""
+        self.total = zeros
+        """Σ exp(z − top)."""
+        self._weighted = zeros
+        """Σ exp(z − top)·(z − top)."""
+        self._chosen = zeros
+        """Score of the chosen token."""
+
+    def take_in(self, start: int, scores: Tensor) -> Tensor:
+        """Adds a block of scores [N, V'], which it turns into z − top; their exp(z − top)."""
+        places = (self._tokens - start)[:, None]
+        inside = places.clamp(0, scores.shape[1] - 1)
+        is_here = (places == inside)[:, 0]
+        found = scores.gather(1, inside)[:, 0]
+        self._chosen = torch.where(is_here, found, self._chosen)
+        top = torch.maximum(self.top, scores.amax(dim=1))
+        scores.sub_(top[:, None])
+        weights = scores.exp()
+        shift = torch.where(self.total > 0, self.top - top, 0.0)
+        scale = shift.exp()
+        self._weighted = scale * (self._weighted + shift * self.total)
+        self._weighted += torch.linalg.vecdot(weights, scores)
+        self.total = scale * self.total + weights.sum(dim=1)
+        self.top = top
+        return weights
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """Logsumexp of the scores."""
+        return self.top + self.total.log()
+
+    @property
+    def logprobs(self) -> Tensor:
+        """Of the chosen tokens."""
+        return self._chosen - self.log_normalizer
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ p·z relative to `top`."""
+        return self._weighted / self.total
+
+    @property
+    def entropy(self) -> Tensor:
+        """Σ −p·ln p = ln Σ exp(z − top) − Σ p·(z − top)."""
+        return self.total.log() - self.mean
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """`head_logprobs` with its own backward pass, which makes the scores again."""
+    """`head_logprobs`; its forward pass makes the gradients too, per token."""
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, tokens: Tensor, head: OutputHead
+        ctx: Any, states: Tensor, tokens: Tensor, head: OutputHead, wanted: _Gradients
     ) -> tuple[Tensor, Tensor]:
-        parts = []
-        wide = torch.promote_types(states.dtype, torch.float32)
-        for start, (chunk, real) in enumerate(_chunks(states, head)):
-            first = start * head.chunk_tokens
-            scores = head.scores(chunk)[:real]
-            parts.append(_from_scores(scores, tokens[first : first + real]))
-        ctx.save_for_backward(states, tokens)
-        ctx.head = head
-        empty = states.new_zeros(0, dtype=wide)
-        logprobs, entropy = zip(*parts, strict=True) if parts else ((empty,), (empty,))
-        return torch.cat(logprobs), torch.cat(entropy)
+        walk = _Walk(states, tokens)
+        # Σ exp(z − top)·W and Σ exp(z − top)·(z − top)·W, [N, H].
+        plain, weighted = (torch.zeros_like(walk.states) if each else None for each in wanted)
+        for start, block in head.blocks():
+            before, scores = walk.top, block.scores(walk.states)
+            weights = walk.take_in(start, scores)
+            weight = block.weight.to(weights.dtype)
+            if plain is not None:
+                shift = torch.where(before > -torch.inf, before - walk.top, 0.0)[:, None]
+                if weighted is not None:
+                    weighted.addcmul_(plain, shift).mul_(shift.exp())
+                    weighted.addmm_(scores.mul_(weights), weight)
+                plain.mul_(shift.exp()).addmm_(weights, weight)
+        real = len(states)
+        if plain is not None:
+            total = walk.total[:, None]
+            of_logprobs = head.weight[tokens].to(plain.dtype) - (plain / total)[:real]
+            of_entropy = None
+            if weighted is not None:
+                of_entropy = ((plain * walk.mean[:, None] - weighted) / total)[:real]
+                of_entropy /= head.temperature
+            ctx.gradients = of_logprobs.div_(head.temperature), of_entropy
+        ctx.dtype = states.dtype
+        entropy = walk.entropy[:real]
+        if not wanted.of_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return walk.logprobs[:real], entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """∂l/∂z = (1[y] − p)/τ and ∂H/∂z = −p·(ln p + H)/τ, times the head's weight."""
-        states, tokens = ctx.saved_tensors
-        head: OutputHead = ctx.head
-        of_logprobs, of_entropy = gradients
-        result = torch.zeros_like(states)
-        counts = ((of_logprobs != 0) | (of_entropy != 0)).nonzero().squeeze(1)
-        for rows in counts.split(head.chunk_tokens):
-            log_p = torch.log_softmax(head.scores(states[rows]), dim=-1)
-            p = log_p.exp()
-            entropy = -(p * log_p).sum(dim=-1, keepdim=True)
-            wanted, broader = of_logprobs[rows, None], of_entropy[rows, None]
-            of_scores = -p * (wanted + broader * (log_p + entropy))
-            of_scores.scatter_add_(1, tokens[rows, None], wanted.to(of_scores.dtype))
-            weight = head.weight.to(of_scores.dtype)
-            result[rows] = ((of_scores / head.temperature) @ weight).to(states.dtype)
-        return result, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        """∂l/∂x = (W_y − Σ p·W)/τ and ∂H/∂x = −Σ p·(ln p + H)·W/τ, times what comes from above."""
+        of_logprobs, of_entropy = ctx.gradients
+        result = of_logprobs * upstream[0][:, None]
+        if of_entropy is not None:
+            result.addcmul_(of_entropy, upstream[1][:, None])
+        return result.to(ctx.dtype), None, None, None

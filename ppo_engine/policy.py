@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_engine.config import Critic, LoraConfig
+from ppo_engine.decoder import Decoder
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
+from ppo_engine.generation import DecoderGeneration, Generation, ModelGeneration, position_ids
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
+from ppo_engine.packing import Packed, common_prefix, pack
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CHUNK_TOKENS = {"cuda": 1024}
-_CPU_CHUNK_TOKENS = 64
-"""Tokens whose scores are held at once; on a CPU larger chunks save no time."""
+_BLOCK_ENTRIES = {"cuda": 16_384}
+_CPU_BLOCK_ENTRIES = 2048
+"""Vocabulary entries whose scores are held at once; on a CPU they are to stay in its caches."""
 _POLICY, _CRITIC = "default", "critic"
 """Names of the two adapters."""
 
@@ -131,13 +134,15 @@ class CausalPolicy:
         self._output = causal_lm.get_output_embeddings()
         self._has_window = getattr(causal_lm.config, "sliding_window", None) is not None
         self._dtype = causal_lm.dtype
+        self._decoder = Decoder(causal_lm) if Decoder.supports(causal_lm) else None
+        self._sampling_adapter = _POLICY if isinstance(model, PeftModel) else None
         bias = self._output.bias
         self._head = OutputHead(
             # fp32 from the scores on, whatever the base is; converted once.
             weight=self._output.weight.detach().float(),
             bias=None if bias is None else bias.detach().float(),
             temperature=temperature,
-            chunk_tokens=_CHUNK_TOKENS.get(self.device.type, _CPU_CHUNK_TOKENS),
+            block_entries=_BLOCK_ENTRIES.get(self.device.type, _CPU_BLOCK_ENTRIES),
         )
 
     @property
@@ -145,6 +150,16 @@ class CausalPolicy:
         """Where the weights live."""
         device: torch.device = self._output.weight.device
         return device
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are laid end to end, so that their padding costs nothing."""
+        return self._decoder is not None
+
+    @property
+    def rounds_by_shape(self) -> bool:
+        """Whether a row's last bits may depend on how many tokens stand beside it."""
+        return self._dtype is not torch.float32
 
     def _attention(self, attention_mask: Tensor, queries: int) -> Tensor:
         """What the model takes as its mask; [B, S] in.
@@ -155,10 +170,20 @@ class CausalPolicy:
             return attention_mask.long()
         return causal_bias(attention_mask, queries, dtype=self._dtype)
 
-    def step(
+    def generation(self, *, max_response_tokens: int) -> Generation:
+        """Something that continues prompts by so many tokens at most."""
+        if self._decoder is None:
+            return ModelGeneration(self._cached_forward, self._head)
+        return DecoderGeneration(
+            self._decoder,
+            self._head,
+            self._sampling_adapter,
+            max_response_tokens=max_response_tokens,
+        )
+
+    def _cached_forward(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any
     ) -> tuple[Tensor, Any]:
-        """Next-token scores z/τ [B, V] after `tokens`, and the grown key-value cache."""
         output = self._backbone(
             input_ids=tokens,
             attention_mask=self._attention(attention_mask, tokens.shape[1]),
@@ -166,7 +191,7 @@ class CausalPolicy:
             cache=cache,
             use_cache=True,
         )
-        return self._head.scores(output.last_hidden_state[:, -1]), output.cache
+        return output.last_hidden_state, output.cache
 
 
 class Policy(CausalPolicy):
@@ -242,102 +267,135 @@ class Policy(CausalPolicy):
             parameter.requires_grad_(trainable)
 
     @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the model is the frozen reference: the base with the adapter off."""
-        trained = self._trainable()
-        try:
-            with self.model.disable_adapter():
-                yield
-        finally:
-            _restore_trainable(trained)
+    def _switched_to(self, adapter: str | None) -> Iterator[None]:
+        """Inside, transformers' forward pass uses this adapter, or none.
 
-    @contextmanager
-    def _critics_adapter(self) -> Iterator[None]:
-        """Inside, the critic's adapter is in use; what may be trained stays as it was."""
-        trained = self._trainable()
-        self.model.set_adapter(_CRITIC)
-        _restore_trainable(trained)
+        Switching also decides what may be trained; that is not its business here.
+        """
+        trained = {p: p.requires_grad for p in self.model.parameters()}
         try:
-            yield
+            if adapter is None:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self.model.set_adapter(adapter)
+                _restore_trainable(trained)
+                yield
         finally:
             self.model.set_adapter(_POLICY)
             _restore_trainable(trained)
 
-    def _trainable(self) -> dict[nn.Parameter, bool]:
-        return {p: p.requires_grad for _, p in self.model.named_parameters()}
+    def evaluate(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        *,
+        pad_to: int = 0,
+        entropy_gradient: bool = True,
+    ) -> Evaluation:
+        """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
 
-    def evaluate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Evaluation:
-        """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in."""
-        hidden = self._hidden(tokens, attention_mask)
-        chosen = tokens[:, -response_mask.shape[1] :][response_mask]
-        result = head_logprobs(_states(hidden, response_mask), chosen, self._head)
-        critic_hidden = self._critic_hidden(hidden, tokens, attention_mask)
+        `pad_to`: `MicroBatch`.  Without `entropy_gradient` the entropy is a number only.
+        """
+        rows = self._rows(tokens, attention_mask, _read(response_mask, tokens), pad_to)
+        states = self._states(rows, _POLICY)
+        result = head_logprobs(
+            states.float(),
+            _chosen(tokens, response_mask),
+            self._head,
+            entropy_gradient=entropy_gradient,
+        )
         return Evaluation(
             _scattered(result.logprobs, response_mask),
             _scattered(result.entropy, response_mask),
-            self._values(critic_hidden, response_mask),
+            self._values(self._critic_states(states, rows), response_mask),
         )
 
     @torch.no_grad()
-    def estimate(self, tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Estimates:
-        """What `evaluate` says, exactly, with what is needed once per rollout."""
-        hidden = self._hidden(tokens, attention_mask)
-        with self.reference():
-            reference_hidden = self._hidden(tokens, attention_mask)
-        chosen = tokens[:, -response_mask.shape[1] :][response_mask]
+    def estimate(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        *,
+        pad_to: int = 0,
+        with_last_values: bool = True,
+    ) -> Estimates:
+        """What `evaluate` says, exactly, with what is needed once per rollout.
+
+        The last values are zeros unless they are asked for: they cost a token more per response.
+        """
+        read = _read(response_mask, tokens)
+        is_last = (
+            _last_states(response_mask, tokens) if with_last_values else torch.zeros_like(read)
+        )
+        rows = self._rows(tokens, attention_mask, read | is_last, pad_to)
+        is_chosen = read[read | is_last]
+        states = self._states(rows, _POLICY)
         found = head_comparison(
-            _states(hidden, response_mask),
-            _states(reference_hidden, response_mask),
-            chosen,
+            states[is_chosen].float(),
+            self._states(rows, None)[is_chosen].float(),
+            _chosen(tokens, response_mask),
             self._head,
         )
-        critic_hidden = self._critic_hidden(hidden, tokens, attention_mask)
+        critic_states = self._critic_states(states, rows)
         return Estimates(
             logprobs=_scattered(found.logprobs, response_mask),
             entropy=_scattered(found.entropy, response_mask),
-            values=self._values(critic_hidden, response_mask),
+            values=self._values(critic_states[is_chosen], response_mask),
             kl_reference_logprobs=_scattered(found.reference_logprobs, response_mask),
             kl_exact=_scattered(found.kl, response_mask),
-            last_values=self._last_values(critic_hidden, response_mask),
+            last_values=self._values(critic_states[~is_chosen], is_last.any(dim=1)),
         )
 
-    def _hidden(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states, [B, P+T, H]."""
-        states: Tensor = self._backbone(
-            input_ids=tokens,
-            attention_mask=self._attention(attention_mask, tokens.shape[1]),
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
-        return states
+    def _rows(self, tokens: Tensor, attention_mask: Tensor, read: Tensor, pad_to: int) -> "_Rows":
+        packed = None
+        if self._decoder is not None and bool(read.any()):
+            prefix = common_prefix(tokens, attention_mask, read)
+            packed = pack(attention_mask, read, prefix=prefix, pad_to=pad_to)
+        return _Rows(tokens, attention_mask, read, packed)
 
-    def _critic_hidden(self, hidden: Tensor, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def _states(self, rows: "_Rows", adapter: str | None) -> Tensor:
+        """Last hidden states that are read, [n, H], row by row, with an adapter on or none."""
+        if self._decoder is not None and rows.packed is not None:
+            return self._decoder.states(rows.tokens, rows.packed, adapter=adapter)
+        with self._switched_to(adapter):
+            hidden: Tensor = self._backbone(
+                input_ids=rows.tokens,
+                attention_mask=self._attention(rows.attention_mask, rows.tokens.shape[1]),
+                position_ids=position_ids(rows.attention_mask),
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[rows.read]
+
+    def _critic_states(self, states: Tensor, rows: "_Rows") -> Tensor:
         """The states that the value head reads; the policy's own unless the critic has a trunk."""
         match self._critic:
             case Critic.DETACHED_HEAD:
-                return hidden.detach()
+                return states.detach()
             case Critic.ADAPTER:
-                with self._critics_adapter():
-                    return self._hidden(tokens, attention_mask)
+                return self._states(rows, _CRITIC)
             case _:
-                return hidden
+                return states
 
-    def _values(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
+    def _values(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Values of states [n, H] at the places that the mask selects, zeros elsewhere."""
         if self._critic is None:
-            return torch.zeros_like(response_mask, dtype=torch.float32)
-        values = self.value_head(_states(hidden, response_mask)).squeeze(-1)
-        return _scattered(values, response_mask)
+            return torch.zeros_like(mask, dtype=torch.float32)
+        return _scattered(self.value_head(states.float()).squeeze(-1), mask)
 
-    def _last_values(self, hidden: Tensor, response_mask: Tensor) -> Tensor:
-        """Values of the states after the last response token, [B]."""
-        if self._critic is None:
-            return torch.zeros(len(response_mask), device=hidden.device)
-        columns = response_mask.shape[1]
-        numbered = torch.arange(1, columns + 1, device=hidden.device) * response_mask
-        last = hidden.shape[1] - columns - 1 + numbered.amax(dim=1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        values: Tensor = self.value_head(hidden[rows, last].float()).squeeze(-1)
-        return values
+
+class _Rows(NamedTuple):
+    """Rows of one forward pass, and which of their states are read."""
+
+    tokens: Tensor
+    """[B, S]."""
+    attention_mask: Tensor
+    read: Tensor
+    """[B, S] bool."""
+    packed: Packed | None
+    """How our decoder lays them out; None where it is not used."""
 
 
 def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
@@ -354,18 +412,28 @@ def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
 
 
 def _restore_trainable(trained: dict[nn.Parameter, bool]) -> None:
-    """Switching adapters also decides what may be trained; that is not its business here."""
     for parameter, is_trained in trained.items():
         parameter.requires_grad_(is_trained)
 
 
-def _states(hidden: Tensor, response_mask: Tensor) -> Tensor:
-    """States in which the response tokens were chosen, [N, H] fp32, row by row.
+def _read(response_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Where response tokens were chosen: one column before each; [B, P+T] bool."""
+    read = torch.zeros_like(tokens, dtype=torch.bool)
+    read[:, -response_mask.shape[1] - 1 : -1] = response_mask
+    return read
 
-    `hidden[:, P-1 : P+T-1]` is where the tokens `[:, P : P+T]` were chosen.
-    """
-    columns = response_mask.shape[1]
-    return hidden[:, -columns - 1 : -1][response_mask].float()
+
+def _last_states(response_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Each response's last token; [B, P+T] bool."""
+    behind = response_mask.flip(1).long().cumsum(dim=1).flip(1)
+    last = torch.zeros_like(tokens, dtype=torch.bool)
+    last[:, -response_mask.shape[1] :] = response_mask & (behind == 1)
+    return last
+
+
+def _chosen(tokens: Tensor, response_mask: Tensor) -> Tensor:
+    """The response tokens, [N], row by row."""
+    return tokens[:, -response_mask.shape[1] :][response_mask]
 
 
 def _scattered(values: Tensor, response_mask: Tensor) -> Tensor:
@@ -388,8 +456,3 @@ def causal_bias(attention_mask: Tensor, queries: int, *, dtype: torch.dtype) -> 
     allowed = is_before & (attention_mask[:, None, :] | is_padding)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that left padding moves nothing; [B, S] int64."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_engine.policy import CausalPolicy, position_ids
+from ppo_engine.policy import CausalPolicy
 from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rollout import Samples
+
+_DROPPED_SHARE = 0.125
+"""Finished rows are dropped when they are this share: fewer are not worth moving the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +31,11 @@ class Sampler:
         self, prompts: Sequence[EncodedPrompt], generator: torch.Generator, *, group_size: int = 1
     ) -> Samples:
         """`group_size` responses per prompt; those of one prompt stand next to each other."""
+        tokens, attention_mask = self._left_padded(prompts)
+        responses, logprobs = self._decode(tokens, attention_mask, generator, copies=group_size)
         groups = torch.arange(len(prompts), device=self.policy.device)
         group_ids = groups.repeat_interleave(group_size)
-        tokens, attention_mask = (x[group_ids] for x in self._left_padded(prompts))
-        responses, logprobs = self._decode(tokens, attention_mask, generator)
+        tokens, attention_mask = tokens[group_ids], attention_mask[group_ids]
         response_mask = _until_first_stop(responses, self.policy.base.stop_ids)
         tokens = torch.cat([tokens, torch.where(response_mask, responses, self._pad_id)], dim=1)
         return Samples(
@@ -63,26 +67,37 @@ class Sampler:
         return torch.tensor(rows, device=device), attention_mask
 
     def _decode(
-        self, tokens: Tensor, attention_mask: Tensor, generator: torch.Generator
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        generator: torch.Generator,
+        *,
+        copies: int,
     ) -> tuple[Tensor, Tensor]:
-        """Sampled tokens and their log-probabilities, [B, T]; meaningless after a row's stop."""
-        positions = position_ids(attention_mask)
-        stopped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        cache = None
-        responses, logprobs = [], []
-        for _ in range(self.max_response_tokens):
-            scores, cache = self.policy.step(tokens, attention_mask, positions, cache)
+        """Sampled tokens and their log-probabilities, [B·copies, T]; padding after a row's stop."""
+        rows = torch.arange(len(tokens) * copies, device=tokens.device)
+        shape = (len(rows), self.max_response_tokens)
+        responses = torch.full(shape, self.policy.base.stop_ids[0], device=tokens.device)
+        logprobs = torch.zeros(shape, device=tokens.device)
+        generation = self.policy.generation(max_response_tokens=self.max_response_tokens)
+        scores = generation.start(tokens, attention_mask, copies=copies)
+        is_done = torch.zeros_like(rows, dtype=torch.bool)
+        for column in range(self.max_response_tokens):
+            # For every row, finished or not: a row's draws do not depend on its neighbours' ends.
+            uniform = torch.rand(len(responses), generator=generator, device=generator.device)
             log_distribution = torch.log_softmax(scores, dim=-1)
-            drawn = draw(log_distribution.exp(), generator)
-            responses.append(drawn)
-            logprobs.append(log_distribution.gather(1, drawn[:, None]).squeeze(1))
-            stopped |= _is_stop(drawn, self.policy.base.stop_ids)
-            if bool(stopped.all()):
+            drawn = draw(log_distribution.exp(), uniform.to(rows.device)[rows])
+            responses[rows, column] = drawn
+            logprobs[rows, column] = log_distribution.gather(1, drawn[:, None]).squeeze(1)
+            is_done |= _is_stop(drawn, self.policy.base.stop_ids)
+            if bool(is_done.all()) or column + 1 == self.max_response_tokens:
                 break
-            tokens = drawn[:, None]
-            positions = positions[:, -1:] + 1
-            attention_mask = torch.cat([attention_mask, torch.ones_like(tokens).bool()], dim=1)
-        return torch.stack(responses, dim=1), torch.stack(logprobs, dim=1)
+            if int(is_done.sum()) >= _DROPPED_SHARE * len(rows):
+                going_on = (~is_done).nonzero().squeeze(1)
+                generation.keep(going_on)
+                rows, drawn, is_done = rows[going_on], drawn[going_on], is_done[going_on]
+            scores = generation.step(drawn)
+        return responses[:, : column + 1], logprobs[:, : column + 1]
 
     def _decoded(self, responses: Tensor, response_mask: Tensor) -> tuple[str, ...]:
         """Text of each response, special tokens left out."""
@@ -91,15 +106,15 @@ class Sampler:
         return tuple(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """One index per row of [B, V], by the inverse of the cumulative distribution; [B] int64.
 
-    `searchsorted(right=True)` never lands on a token of probability zero.
+    `uniform` [B] are numbers in [0, 1).  `searchsorted(right=True)` never lands on a token of
+    probability zero.
     """
     cumulative = probabilities.cumsum(dim=1)
     # From the sum as computed, not from 1: rounding must not let a draw fall off the end.
-    uniform = torch.rand((len(probabilities), 1), generator=generator, device=generator.device)
-    threshold = uniform.to(cumulative.device) * cumulative[:, -1:]
+    threshold = uniform[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
     return drawn.clamp(max=probabilities.shape[1] - 1)
 

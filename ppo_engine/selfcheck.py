@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_engine.config import TrainConfig
-from ppo_engine.layout import micro_batches
+from ppo_engine.layout import Layout
 from ppo_engine.policy import Policy
 from ppo_engine.rollout import Rollout
 
@@ -90,15 +90,17 @@ def _drift_without_learning(
     In float64 on the CPU.  The first walk builds the graph, as a pass does, the second does not.
     """
     found = []
+    layout = Layout(policy, rollout.samples, config.micro_batch_size)
     for has_graph in (True, False):
         order = torch.randperm(len(rollout.scores), generator=generator)[:ROWS]
-        for batch in micro_batches(order.to(policy.device), config.micro_batch_size):
+        for batch in layout.micro_batches(order.to(policy.device)):
             mask = rollout.samples.response_mask[batch.rows] & batch.is_real[:, None]
             with torch.set_grad_enabled(has_graph):
                 current = policy.evaluate(
                     rollout.samples.tokens[batch.rows],
                     rollout.samples.attention_mask[batch.rows],
                     mask,
+                    pad_to=batch.pad_to,
                 )
             d = current.logprobs.detach() - rollout.old_logprobs[batch.rows]
             found.append(d[mask].double().cpu())
@@ -118,7 +120,7 @@ def _tensors_without_gradient(
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     was_trainable = {name: parameter.requires_grad for name, parameter in trained.items()}
     rows = torch.arange(min(len(rollout.scores), config.micro_batch_size), device=policy.device)
-    batch = micro_batches(rows, config.micro_batch_size)[0]
+    batch = Layout(policy, rollout.samples, config.micro_batch_size).micro_batches(rows)[0]
     mask = rollout.samples.response_mask[batch.rows] & batch.is_real[:, None]
     try:
         with torch.no_grad():

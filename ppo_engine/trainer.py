@@ -14,7 +14,7 @@ from ppo_engine.config import AdvantageEstimator, TrainConfig
 from ppo_engine.errors import SelfCheckFailed
 from ppo_engine.health import Health, firing_event, self_check_event
 from ppo_engine.kl import AdaptiveKl, FixedKl, KlController, reward_kl
-from ppo_engine.layout import micro_batches
+from ppo_engine.layout import Layout
 from ppo_engine.losses import importance_weights
 from ppo_engine.masking import standardize, zero_outside
 from ppo_engine.measurements import kept_responses, mean, rollout_values, update_values
@@ -237,15 +237,20 @@ class Trainer:
     def _evaluate(self, samples: Samples) -> Estimates:
         """All responses, in the micro-batches of the passes that will follow."""
         rows = torch.arange(len(samples.tokens), device=samples.tokens.device)
-        parts = []
-        for batch in micro_batches(rows, self.config.micro_batch_size):
+        layout = Layout(self.policy, samples, self.config.micro_batch_size)
+        order, parts = [], []
+        for batch in layout.micro_batches(rows):
             estimates = self.policy.estimate(
                 samples.tokens[batch.rows],
                 samples.attention_mask[batch.rows],
                 samples.response_mask[batch.rows] & batch.is_real[:, None],
+                pad_to=batch.pad_to,
+                with_last_values=self.config.bootstrap_truncated,
             )
+            order.append(batch.rows[batch.is_real])
             parts.append([tensor[batch.is_real] for tensor in estimates])
-        return Estimates(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        back = torch.cat(order).argsort()
+        return Estimates(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
     def _check_before_the_first(self, rollout: Rollout) -> tuple[EngineEvent, ...]:
         """The self-check, before the run's first update; SelfCheckFailed if it finds a fault.

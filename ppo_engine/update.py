@@ -17,7 +17,7 @@ from ppo_engine.config import TrainConfig
 from ppo_engine.errors import NonfiniteLoss
 from ppo_engine.guards import Firing, pass_action
 from ppo_engine.kl import loss_kl
-from ppo_engine.layout import MicroBatch, micro_batches
+from ppo_engine.layout import Layout, MicroBatch
 from ppo_engine.losses import clipped_value_error, log_ratio, surrogate_terms
 from ppo_engine.masking import row_weights, weighted_sum
 from ppo_engine.policy import Evaluation, Policy
@@ -153,8 +153,9 @@ class Updater:
         firings: list[Firing] = []
         early_end = None
         last = _nothing_seen(rollout)
+        layout = Layout(self._policy, rollout.samples, self._config.micro_batch_size)
         for epoch, minibatch, rows in self._walks(len(rollout.scores), generator):
-            plan = _Pass(rollout, rows, epoch, minibatch, kl_coef, last)
+            plan = _Pass(rollout, layout, rows, epoch, minibatch, kl_coef, last)
             report, parts = self._pass(plan)
             losses.append(parts)
             early_end = self._early_end(report)
@@ -213,7 +214,7 @@ class Updater:
         weights = plan.row_weights(config)
         parts = [
             self._backward(plan, batch, weights, statistics)
-            for batch in micro_batches(plan.rows, config.micro_batch_size)
+            for batch in plan.layout.micro_batches(plan.rows)
         ]
         losses = PassLosses(*(torch.stack(terms).sum() for terms in zip(*parts, strict=True)))
         grad_norm = self._clipped_gradient_norm()
@@ -234,7 +235,11 @@ class Updater:
         rollout = plan.rollout
         mask = rollout.loss_mask[batch.rows] & batch.is_real[:, None]
         current = self._policy.evaluate(
-            rollout.samples.tokens[batch.rows], rollout.samples.attention_mask[batch.rows], mask
+            rollout.samples.tokens[batch.rows],
+            rollout.samples.attention_mask[batch.rows],
+            mask,
+            pad_to=batch.pad_to,
+            entropy_gradient=self._config.entropy_coef != 0,
         )
         targets = rollout.targets(batch.rows, mask)
         losses = pass_losses(
@@ -302,6 +307,7 @@ class _Pass(NamedTuple):
     """One optimizer step: its rows, and where its findings go."""
 
     rollout: Rollout
+    layout: Layout
     rows: Tensor
     epoch: int
     minibatch: int

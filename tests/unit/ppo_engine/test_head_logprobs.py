@@ -24,12 +24,12 @@ def states_of(seed: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def head_of(
-    *, chunk_tokens: int = 4, temperature: float = 0.7, dtype: torch.dtype = torch.float64
+    *, block_entries: int = 4, temperature: float = 0.7, dtype: torch.dtype = torch.float64
 ) -> OutputHead:
     generator = torch.Generator().manual_seed(100)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
     bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
-    return OutputHead(weight.to(dtype), bias.to(dtype), temperature, chunk_tokens)
+    return OutputHead(weight.to(dtype), bias.to(dtype), temperature, block_entries)
 
 
 CHOSEN = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(7))
@@ -81,9 +81,9 @@ def test_its_gradient_is_that_of_finite_differences(*, has_bias: bool) -> None:
     assert torch.autograd.gradcheck(lambda x: tuple(head_logprobs(x, CHOSEN, head)), (states,))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, TOKENS - 1, TOKENS, TOKENS + 1, 64])
-def test_chunks_of_any_size_give_the_same(chunk_tokens: int) -> None:
-    usual, other = head_of(chunk_tokens=4), head_of(chunk_tokens=chunk_tokens)
+@pytest.mark.parametrize("entries", [1, 2, 3, VOCABULARY - 1, VOCABULARY, VOCABULARY + 1, 64])
+def test_blocks_of_any_size_give_the_same(entries: int) -> None:
+    usual, other = head_of(block_entries=4), head_of(block_entries=entries)
 
     expected, found = (head_logprobs(states_of(0), CHOSEN, head) for head in (usual, other))
 
@@ -98,42 +98,47 @@ def test_chunks_of_any_size_give_the_same(chunk_tokens: int) -> None:
 
 
 def test_a_tokens_bits_do_not_depend_on_its_neighbours() -> None:
-    head = head_of(dtype=torch.float32)
-    states = states_of(0, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    head = OutputHead(torch.randn(258, 64, generator=generator), None, 0.7, 100)
+    states = torch.randn(150, 64, generator=generator)
+    tokens = torch.randint(258, (150,), generator=generator)
 
-    together = head_logprobs(states, CHOSEN, head)
+    together = head_logprobs(states, tokens, head)
 
-    for token in range(TOKENS):
-        alone = head_logprobs(states[token:][:1], CHOSEN[token:][:1], head)
-        assert alone.logprobs.item() == together.logprobs[token].item()
-        assert alone.entropy.item() == together.entropy[token].item()
+    for first in range(0, 150, 7):
+        for count in (1, 3, 20, 77):
+            part = slice(first, first + count)
+            alone = head_logprobs(states[part], tokens[part], head)
+            assert torch.equal(alone.logprobs, together.logprobs[part])
+            assert torch.equal(alone.entropy, together.entropy[part])
 
 
-def test_tokens_that_nobody_differentiates_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = torch.tensor([0, 3, 4, 10])
-    of_logprobs, of_entropy = torch.zeros(TOKENS).double(), torch.zeros(TOKENS).double()
-    of_logprobs[wanted[:3]] = upstream(1)[wanted[:3]]
-    of_entropy[wanted[2:]] = upstream(2)[wanted[2:]]
-    every = gradient(head_of(chunk_tokens=1), torch.ones(TOKENS), torch.ones(TOKENS))
-    scored = []
-    scores = OutputHead.scores
-    monkeypatch.setattr(
-        engine.OutputHead, "scores", lambda head, x: (scored.append(len(x)), scores(head, x))[1]
-    )
-
-    found = gradient(head_of(), of_logprobs, of_entropy)
-
-    # Forward: three chunks of four rows, the last filled up.  Backward: the four wanted rows.
-    assert scored == [4, 4, 4, 4]
+def test_without_an_entropy_gradient_the_entropy_is_a_number_only() -> None:
     states = states_of(0).requires_grad_()
-    log_p = torch.log_softmax(scores(head_of(), states), dim=1)
-    plain = of_logprobs @ log_p[torch.arange(TOKENS), CHOSEN]
-    plain = plain - of_entropy @ (log_p.exp() * log_p).sum(dim=1)
-    (expected,) = torch.autograd.grad(plain, states)
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
-    skipped = [token for token in range(TOKENS) if token not in wanted]
-    assert not found[skipped].any()
-    assert every[skipped].all()
+    of_logprobs = upstream(1)
+
+    found = head_logprobs(states, CHOSEN, head_of(), entropy_gradient=False)
+    (gradients,) = torch.autograd.grad(found.logprobs, states, of_logprobs)
+
+    whole = head_logprobs(states, CHOSEN, head_of())
+    assert torch.equal(found.logprobs, whole.logprobs)
+    assert torch.equal(found.entropy, whole.entropy)
+    assert not found.entropy.requires_grad
+    assert torch.equal(gradients, gradient(head_of(), of_logprobs, torch.zeros(TOKENS).double()))
+
+
+def test_scores_far_apart_overflow_nothing() -> None:
+    # The highest score comes last, a thousand nats above the first block's.
+    head = OutputHead(torch.arange(VOCABULARY).double()[:, None] * 100, None, 1.0, 4)
+    states = torch.tensor([[1.0], [-1.0]]).double().requires_grad_()
+    tokens = torch.tensor([VOCABULARY - 1, VOCABULARY - 1])
+
+    found = head_logprobs(states, tokens, head)
+
+    assert found.logprobs.tolist() == [0.0, -100.0 * (VOCABULARY - 1)]
+    assert found.entropy.tolist() == pytest.approx([0.0, 0.0], abs=ROUNDING)
+    (gradients,) = torch.autograd.grad(found.logprobs.sum(), states)
+    assert gradients.flatten().tolist() == pytest.approx([0.0, 100.0 * (VOCABULARY - 1)])
 
 
 def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
@@ -155,7 +160,7 @@ def kl_of(states: Tensor, reference_states: Tensor, head: OutputHead) -> Tensor:
 
 
 def test_a_comparison_gives_each_side_its_own_log_probabilities_to_the_bit() -> None:
-    head = head_of(dtype=torch.float32, chunk_tokens=3)
+    head = head_of(dtype=torch.float32, block_entries=3)
     ours, theirs = (states_of(seed, dtype=torch.float32) for seed in (0, 1))
     tokens = torch.arange(TOKENS) % VOCABULARY
 
@@ -210,13 +215,17 @@ def test_no_tokens_give_no_numbers() -> None:
     assert kl_of(states, states, head).shape == (0,)
 
 
-def test_the_scores_are_never_held_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_are_never_held_for_the_whole_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     held = []
     scores = OutputHead.scores
     monkeypatch.setattr(
-        engine.OutputHead, "scores", lambda head, x: (held.append(len(x)), scores(head, x))[1]
+        engine.OutputHead, "scores", lambda head, x: (held.append(scores(head, x)), held[-1])[1]
     )
 
-    gradient(head_of(chunk_tokens=3), upstream(1), upstream(2))
+    gradient(head_of(block_entries=3), upstream(1), upstream(2))
 
-    assert max(held) == 3
+    assert max(each.shape[1] for each in held) == 3
+    # Once per entry of the vocabulary: the backward pass makes none again.
+    assert sum(each.shape[1] for each in held) == VOCABULARY

@@ -1,6 +1,6 @@
 import torch
 
-from ppo_engine.policy import position_ids
+from ppo_engine.generation import position_ids
 
 
 def test_positions_count_real_tokens_only() -> None:

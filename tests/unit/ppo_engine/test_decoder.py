@@ -1,0 +1,231 @@
+"""Our decoder against transformers' own forward and backward pass, on random models."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from ppo_engine.decoder import Decoder
+from ppo_engine.generation import position_ids
+from ppo_engine.packing import common_prefix, pack
+
+RELATIVE = 1e-5
+"""Of the largest element: fp32 sums in another order."""
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def llama(**settings):
+    return LlamaForCausalLM(LlamaConfig(**SIZES | settings))
+
+
+MODELS = {
+    "llama": llama,
+    "llama with biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama with wide heads": lambda: llama(head_dim=32),
+    "llama with one key head": lambda: llama(num_key_value_heads=1),
+    "llama 3 positions": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+}
+
+
+def adapted(build, *, targets="all-linear"):
+    """A random model with biases, norms and an adapter that all matter."""
+    torch.manual_seed(0)
+    model = build().eval().requires_grad_(requires_grad=False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        elif "embed" not in name:
+            parameter.data.normal_(std=0.1)
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    peft = get_peft_model(model, settings)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    return peft
+
+
+class Batch:
+    """Rows of unlike lengths, padded on both sides, that begin alike."""
+
+    def __init__(self, *, shared: int = 18) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(97, (6, 70), generator=generator)
+        self.attention_mask = torch.zeros(6, 70, dtype=torch.bool)
+        self.read = torch.zeros(6, 70, dtype=torch.bool)
+        for row, (start, end) in enumerate([(0, 70), (3, 64), (9, 60), (9, 63), (2, 45), (0, 70)]):
+            self.attention_mask[row, start:end] = True
+            self.tokens[row, start : start + shared] = self.tokens[0, :shared]
+            self.read[row, max(30, start + shared) : end - 1] = True
+        self.read[5] = False  # nothing of the last row is asked for
+
+    def theirs(self, peft):
+        hidden = peft.get_base_model().base_model(
+            input_ids=self.tokens,
+            attention_mask=self.attention_mask.long(),
+            position_ids=position_ids(self.attention_mask),
+            use_cache=False,
+        )
+        return hidden.last_hidden_state[self.read]
+
+    def ours(self, peft, *, adapter="default", pad_to=0, prefix=None):
+        if prefix is None:
+            prefix = common_prefix(self.tokens, self.attention_mask, self.read)
+        packed = pack(self.attention_mask, self.read, prefix=prefix, pad_to=pad_to)
+        decoder = Decoder(peft.get_base_model())
+        return decoder.states(self.tokens, packed, adapter=adapter)
+
+
+def gradients(peft, states):
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    return torch.autograd.grad((states * weights).sum(), trained)
+
+
+def assert_near(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= RELATIVE * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_states_and_gradients_are_those_of_transformers(name):
+    peft, batch = adapted(MODELS[name]), Batch()
+    expected = batch.theirs(peft)
+    of_expected = gradients(peft, expected)
+
+    found = batch.ours(peft)
+
+    assert_near(found.detach(), expected.detach())
+    for ours, theirs in zip(gradients(peft, found), of_expected, strict=True):
+        assert theirs.abs().max() > 0
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["o_proj"], ["up_proj", "down_proj"], ["k_proj", "gate_proj"]]
+)
+def test_an_adapter_on_some_layers_only(targets):
+    peft, batch = adapted(MODELS["llama"], targets=targets), Batch()
+    expected = batch.theirs(peft)
+    of_expected = gradients(peft, expected)
+
+    found = batch.ours(peft)
+
+    assert_near(found.detach(), expected.detach())
+    for ours, theirs in zip(gradients(peft, found), of_expected, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_layers_below_the_lowest_adapter_need_no_backward_pass():
+    targets = [f"layers.2.{name}" for name in ("self_attn.q_proj", "mlp.down_proj")]
+    peft, batch = adapted(MODELS["llama"], targets=targets), Batch()
+    expected = batch.theirs(peft)
+
+    found = batch.ours(peft)
+
+    for ours, theirs in zip(gradients(peft, found), gradients(peft, expected), strict=True):
+        assert_near(ours, theirs)
+
+
+def test_without_an_adapter_it_is_the_base():
+    peft, batch = adapted(MODELS["llama"]), Batch()
+    with peft.disable_adapter():
+        expected = batch.theirs(peft)
+
+    found = batch.ours(peft, adapter=None)
+
+    assert_near(found, expected)
+    assert not found.requires_grad
+
+
+def test_a_shared_beginning_and_filler_change_no_bit_and_no_gradient():
+    peft, batch = adapted(MODELS["llama"]), Batch()
+    plain = batch.ours(peft, prefix=0)
+
+    for settings in ({}, {"pad_to": 500}, {"prefix": 0, "pad_to": 333}):
+        found = batch.ours(peft, **settings)
+
+        assert torch.equal(found, plain), settings
+        for ours, theirs in zip(gradients(peft, found), gradients(peft, plain), strict=True):
+            assert_near(ours, theirs)
+    assert common_prefix(batch.tokens, batch.attention_mask, batch.read) == 16
+
+
+def test_a_rows_bits_do_not_depend_on_its_neighbours():
+    peft, batch = adapted(MODELS["llama"]), Batch()
+    together = batch.ours(peft).detach()
+    firsts = [0, *batch.read.sum(dim=1).cumsum(dim=0).tolist()]
+
+    for row in range(5):
+        alone = Batch()
+        alone.read[torch.arange(6) != row] = False
+        assert torch.equal(alone.ours(peft).detach(), together[firsts[row] : firsts[row + 1]])
+
+
+def test_garbage_in_the_padding_changes_nothing():
+    peft, batch = adapted(MODELS["llama"]), Batch()
+    expected = batch.ours(peft).detach()
+
+    batch.tokens[~batch.attention_mask] = 5
+
+    assert torch.equal(batch.ours(peft).detach(), expected)
+
+
+def test_the_weights_are_held_once():
+    peft = adapted(MODELS["llama"])
+    before = {name: p.clone() for name, p in peft.named_parameters()}
+    base = peft.get_base_model()
+
+    first, second = Decoder(base), Decoder(base)
+
+    for name, parameter in peft.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    layer = base.base_model.layers[0]
+    joined = first.layers[0].qkv.weight
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        weight = getattr(layer.self_attn, projection).base_layer.weight
+        assert weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    assert second.layers[0].qkv.weight.data_ptr() == joined.data_ptr()
+    assert second.layers[0].qkv.weight.shape == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "build"),
+    [
+        ({"hidden_act": "gelu"}, llama),
+        ({"sliding_window": 16}, lambda **s: MistralForCausalLM(MistralConfig(**SIZES | s))),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, llama),
+    ],
+)
+def test_models_that_compute_something_else_are_not_taken(settings, build):
+    assert not Decoder.supports(build(**settings))
+    assert Decoder.supports(llama())
+
+
+def test_an_adapter_that_it_would_leave_out_is_not_taken():
+    targets = ["q_proj", "embed_tokens"]
+    assert not Decoder.supports(adapted(MODELS["llama"], targets=targets).get_base_model())

@@ -1,0 +1,126 @@
+"""Both ways of generating, against transformers' `generate` and against each other."""
+
+import pytest
+import torch
+
+from ppo_engine.decoder import Decoder
+from ppo_engine.sampling import Sampler
+from tests.tiny_run import tiny_config, tiny_policy, tiny_prompts
+
+TOLERANCE = 1e-4
+"""Scores of one cached token at a time and of all at once: fp32 rounding."""
+BEGINNING = "every one of these prompts begins in the same way, "
+PROMPTS = [BEGINNING + "Hi", BEGINNING + "a longer end", BEGINNING + "?", BEGINNING + "go on then"]
+UNLIKE = ["Hi", "a prompt that is longer than the others are", "?", "Go on"]
+
+
+@pytest.fixture(params=["decoder", "transformers"])
+def policy(request, tiny_model, monkeypatch):
+    if request.param == "transformers":
+        monkeypatch.setattr(Decoder, "supports", lambda _model: False)
+    policy = tiny_policy(tiny_model, tiny_config())
+    assert policy.packs == (request.param == "decoder")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.adapter_parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return policy
+
+
+def padded(policy, texts):
+    sampler = Sampler(policy=policy, max_response_tokens=10)
+    return sampler._left_padded(tiny_prompts(policy.base, texts))
+
+
+@pytest.mark.parametrize("texts", [PROMPTS, UNLIKE, UNLIKE[:1]])
+@torch.no_grad()
+def test_the_likeliest_answers_are_those_of_generate(policy, texts):
+    tokens, attention_mask = padded(policy, texts)
+    expected = policy.model.generate(
+        input_ids=tokens,
+        attention_mask=attention_mask.long(),
+        do_sample=False,
+        max_new_tokens=10,
+        min_new_tokens=10,
+        suppress_tokens=list(policy.base.stop_ids),
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+
+    generation = policy.generation(max_response_tokens=10)
+    scores = generation.start(tokens, attention_mask, copies=1)
+    for column, their_scores in enumerate(expected.scores):
+        scores[:, list(policy.base.stop_ids)] = -torch.inf
+        torch.testing.assert_close(scores, their_scores, rtol=0, atol=TOLERANCE)
+        chosen = expected.sequences[:, tokens.shape[1] + column]
+        assert torch.equal(scores.argmax(dim=1), chosen)
+        if column < 9:
+            scores = generation.step(chosen)
+
+
+@pytest.mark.parametrize("texts", [PROMPTS, UNLIKE])
+@torch.no_grad()
+def test_copies_and_dropped_rows_change_no_score(policy, texts):
+    tokens, attention_mask = padded(policy, texts)
+    forced = torch.randint(2, 250, (9, 12), generator=torch.Generator().manual_seed(3))
+    apart = policy.generation(max_response_tokens=10)
+    rows = torch.arange(4).repeat_interleave(3)
+    expected = [apart.start(tokens[rows], attention_mask[rows], copies=1)]
+    expected += [apart.step(each) for each in forced]
+
+    generation = policy.generation(max_response_tokens=10)
+    found = generation.start(tokens, attention_mask, copies=3)
+    left = torch.arange(12)
+    for column, each in enumerate(forced):
+        torch.testing.assert_close(found, expected[column][left], rtol=0, atol=TOLERANCE)
+        if column in (2, 5):
+            kept = torch.arange(len(left))[column % 2 :: 2]
+            generation.keep(kept)
+            left = left[kept]
+        found = generation.step(each[left])
+    torch.testing.assert_close(found, expected[-1][left], rtol=0, atol=TOLERANCE)
+    assert len(left) == 3
+
+
+def test_both_ways_draw_the_same_answers(tiny_model, monkeypatch):
+    answers = []
+    for is_ours in (True, False):
+        monkeypatch.setattr(Decoder, "supports", lambda _model, is_ours=is_ours: is_ours)
+        policy = tiny_policy(tiny_model, tiny_config())
+        assert policy.packs == is_ours
+        sampler = Sampler(policy=policy, max_response_tokens=60)
+        prompts = tiny_prompts(policy.base, UNLIKE * 3)
+        answers.append(sampler.sample(prompts, torch.Generator().manual_seed(4), group_size=2))
+
+    ours, theirs = answers
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert 0 < int(theirs.is_truncated.sum()) < len(theirs.is_truncated)
+    torch.testing.assert_close(
+        ours.behavior_logprobs, theirs.behavior_logprobs, rtol=0, atol=TOLERANCE
+    )
+
+
+def test_finished_rows_are_dropped(tiny_model, monkeypatch):
+    policy = tiny_policy(tiny_model, tiny_config())
+    widths = []
+    generation_of = policy.generation
+
+    def watched(**settings):
+        generation = generation_of(**settings)
+        step = generation.step
+        generation.step = lambda tokens: (widths.append(len(tokens)), step(tokens))[1]
+        return generation
+
+    monkeypatch.setattr(policy, "generation", watched)
+    sampler = Sampler(policy=policy, max_response_tokens=200)
+
+    samples = sampler.sample(
+        tiny_prompts(policy.base, UNLIKE * 4), torch.Generator().manual_seed(0)
+    )
+
+    lengths = samples.response_mask.sum(dim=1)
+    going_on = [int((lengths > column + 1).sum()) for column in range(len(widths))]
+    assert widths[0] == 16
+    assert widths == sorted(widths, reverse=True)
+    assert all(width - needed <= 2 for width, needed in zip(widths, going_on, strict=True))
