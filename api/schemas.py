@@ -151,6 +151,9 @@ class Checkpoint(View):
     sha256: str = Field(description="Digest of the checkpoint's manifest.")
     attempt: int
     best: bool
+    score: float | None = Field(
+        description="What the best is chosen by; null if it does not compete."
+    )
     resumable: bool
 
 

@@ -260,6 +260,7 @@ def checkpoint_view(
         sha256=checkpoint.manifest_sha256,
         attempt=checkpoint.attempt,
         best=checkpoint.best,
+        score=checkpoint.score,
         resumable=checkpoint.resumable,
     )
 

@@ -216,6 +216,38 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert resumed.lines()[0]["line"] == 1
 
 
+def test_a_finish_saves_and_exports_what_there_is(trainer: Trainer, tmp_path: Path) -> None:
+    run = trainer.run_folder(tmp_path / "attempt-1", config=LONG)
+
+    with running(run, trainer) as process:
+        run.wait_for_step(1)
+        run.ask_to_stop("finish")
+        assert process.wait(timeout=60) == 0
+
+    *_, checkpoint, final = run.lines()
+    assert run.exit() == {"code": 0, "reason": "done", "error": None}
+    assert (checkpoint["kind"], final["kind"]) == ("checkpoint", "final")
+    assert checkpoint["step"] == final["step"] == len(run.lines_of("metrics")) < MANY_STEPS
+    saved = run.path / checkpoint["path"] / "adapter" / "adapter_model.safetensors"
+    assert sha256(saved) == adapter_sha256(run)
+
+
+def test_a_finish_that_came_before_the_start_costs_one_step(
+    trainer: Trainer, paused: RunFolder, tmp_path: Path
+) -> None:
+    saved = paused.lines()[-1]
+    run = trainer.run_folder(
+        tmp_path / "attempt-2",
+        config=LONG,
+        attempt=2,
+        resume_from=str(paused.path / saved["path"]),
+    )
+    run.ask_to_stop("finish")
+
+    assert run.train(trainer.command) == 0
+    assert run.lines()[-1]["step"] == saved["step"] + 1
+
+
 def test_a_cancel_ends_the_run_without_saving(trainer: Trainer, tmp_path: Path) -> None:
     run = trainer.run_folder(tmp_path / "attempt-1", config=LONG)
 

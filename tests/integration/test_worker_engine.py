@@ -6,10 +6,13 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from core import jobs
 from core.db import Database
+from core.rows import Job
 from core.states import JobStatus
 from tests.factories import Tenant, make_file, make_job
 from tests.fakes.bench import Bench, assert_no_holes, open_bench
@@ -42,12 +45,83 @@ def bench(
         yield opened
 
 
+ENGINE = (sys.executable, "-m", "ppo_engine")
+
+
+def make_engine_job(bench: Bench, **over: Any) -> Job:
+    with bench.database.begin() as tx:
+        file = make_file(tx, bench.tenant, store=bench.store)
+        held_out = make_file(tx, bench.tenant, store=bench.store)
+        return make_job(
+            tx,
+            bench.tenant,
+            hyperparameters=SETTINGS | over,
+            file=file,
+            model=TINY_MODEL_ID,
+            validation_file_id=held_out.id,
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_job_that_was_paused_and_resumed_ends_as_one_that_was_not(
+    bench: Bench, precision: str
+) -> None:
+    """Weights and values, bit for bit."""
+    settings = {
+        "max_steps": 4,
+        "checkpoint_interval": 100,
+        "eval_interval": 2,
+        "lr_schedule": "cosine",
+        "kl_controller": "adaptive",
+        "kl_horizon": 50,
+        "precision": precision,
+    }
+    whole, paused = make_engine_job(bench, **settings), make_engine_job(bench, **settings)
+    bench.run_job(whole, trainer_command=ENGINE)
+    asked: list[Job] = []
+
+    def pause_after_the_first_step() -> bool:
+        if not asked and bench.job(paused.id).step >= 1:
+            with bench.database.begin() as tx:
+                asked.append(jobs.pause(tx, paused.id, tenant_id=paused.tenant_id))
+        return False
+
+    rests = bench.run_job(
+        paused,
+        trainer_command=ENGINE,
+        is_told_to_go=pause_after_the_first_step,
+        pause_seconds=60.0,
+    )
+    with bench.database.begin() as tx:
+        jobs.resume(tx, paused.id, tenant_id=paused.tenant_id)
+    done = bench.run_job(paused, trainer_command=ENGINE)
+
+    assert (rests.status, done.status) == (JobStatus.PAUSED, JobStatus.SUCCEEDED)
+    assert bench.attempts(paused.id)[1].resumed_from_step == rests.saved_step < 4
+    adapters = [
+        bench.artifacts(job.id)["adapter/adapter_model.safetensors"].sha256
+        for job in (whole, paused)
+    ]
+    assert adapters[0] == adapters[1]
+    assert values_of(bench, paused) == values_of(bench, whole)
+    assert "resume.not_identical" not in bench.codes(paused.id)
+
+
+def values_of(bench: Bench, job: Job) -> list[dict[str, float | None]]:
+    """The values of each step without those that measure time or memory."""
+    timed = ("seconds.", "tokens_per_second", "peak_memory")
+    return [
+        {name: value for name, value in point.values.items() if not name.startswith(timed)}
+        for point in bench.curves(job.id)
+    ]
+
+
 def test_a_job_trains_a_real_adapter(bench: Bench) -> None:
     with bench.database.begin() as tx:
         file = make_file(tx, bench.tenant, store=bench.store)
         job = make_job(tx, bench.tenant, hyperparameters=SETTINGS, file=file, model=TINY_MODEL_ID)
 
-    done = bench.run_job(job, trainer_command=(sys.executable, "-m", "ppo_engine"))
+    done = bench.run_job(job, trainer_command=ENGINE)
 
     assert done.status is JobStatus.SUCCEEDED, done.error_message
     assert [point.step for point in bench.curves(job.id)] == [1, 2, 3]
