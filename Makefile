@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 DIFFERENTIAL := $(VENV)/differential
+TRL := $(VENV)/bench-trl
 PACKAGES := api core migrations ppo_engine trimtab worker
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit chaos check fix bench differential up clean
+.PHONY: help setup demo test test-unit chaos check fix bench bench-trl differential up clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ fix: $(INSTALLED) ## Format, and repair what is safe to repair
 bench: $(INSTALLED) $(MODEL) ## Time the training step
 	$(BIN)/python benchmarks/step.py --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
 
+bench-trl: $(INSTALLED) $(MODEL) $(TRL)/.installed ## Time the training step beside that of TRL
+	$(BIN)/python -m benchmarks.trl_step --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)" $(ARGUMENTS)
+
 differential: $(DIFFERENTIAL)/.installed ## Ask public PPO implementations for the numbers that tests compare ours with
 	TRL_EXPERIMENTAL_SILENCE=1 $(DIFFERENTIAL)/bin/python tests/differential/generate.py
 
@@ -60,6 +64,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(MODEL): $(INSTALLED)
 	$(BIN)/trimtab models fetch smollm2-135m-instruct
+	@touch $@
+
+$(TRL)/.installed: benchmarks/trl-requirements.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(DIFFERENTIAL)/.installed: tests/differential/requirements.txt tests/differential/requirements-without-dependencies.txt
