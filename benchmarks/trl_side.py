@@ -260,9 +260,9 @@ def _value_model(steps: Steps) -> Any:
     if steps.trl_critic == "full":
         return model
     # Put into the model, not around it: TRL reaches for its backbone and its head by name.
-    model.requires_grad_(requires_grad=False)
-    model.score.requires_grad_(requires_grad=True)
-    return inject_adapter_in_model(_lora("SEQ_CLS", exclude="score"), model)
+    model = inject_adapter_in_model(_lora("SEQ_CLS", exclude="score"), model)
+    model.score.requires_grad_(requires_grad=True)  # that froze all but the adapters
+    return model
 
 
 def _lora(task_type: str, *, exclude: str | None = None) -> LoraConfig:
