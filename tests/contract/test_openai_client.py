@@ -110,6 +110,33 @@ def test_a_job_is_created_found_listed_and_cancelled(client: openai.OpenAI) -> N
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
+def test_a_job_is_paused_and_resumed(client: openai.OpenAI, sent: list[httpx2.Request]) -> None:
+    job = create(client)
+
+    paused = client.fine_tuning.jobs.pause(job.id)
+    resumed = client.fine_tuning.jobs.resume(job.id)
+
+    assert (paused.status, resumed.status) == ("paused", "queued")
+    assert [request.read() for request in sent[-2:]] == [b"", b""]
+
+
+def test_a_job_goes_on_from_a_checkpoint_of_another(
+    client: openai.OpenAI, worker_database: Database, tenant: Tenant
+) -> None:
+    source = create(client)
+    holder = claimed(worker_database, source, tenant)
+    with worker_database.begin() as tx:
+        attempts.checkpoint(tx, holder, stored_checkpoint(3), ttl=TTL)
+    (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(source.id)
+    file = client.files.create(file=prompt_lines(), purpose="fine-tune")
+
+    job: Any = client.fine_tuning.jobs.create(
+        model=checkpoint.id, training_file=file.id, method=METHOD
+    )
+
+    assert (job.model, job.start_checkpoint) == (MODEL, checkpoint.id)
+
+
 def test_null_is_absent_on_optional_fields(client: openai.OpenAI) -> None:
     job = create(client, suffix=None, metadata=None, validation_file=None, integrations=None)
 

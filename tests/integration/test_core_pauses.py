@@ -173,6 +173,7 @@ def test_a_paused_job_is_not_rung_and_not_claimed(
 def test_a_resumed_job_is_rung_again_with_its_crashes_forgotten(
     database: Database, worker_database: Database, job: Job
 ) -> None:
+    wish_of(database, job, jobs.pause)
     set_columns(
         worker_database,
         job,
@@ -180,7 +181,6 @@ def test_a_resumed_job_is_rung_again_with_its_crashes_forgotten(
         dispatched_at=func.now(),
         not_before=func.now() + timedelta(hours=1),
     )
-    wish_of(database, job, jobs.pause)
 
     resumed = wish_of(database, job, jobs.resume)
 

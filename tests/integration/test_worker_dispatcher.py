@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 from pydantic import SecretStr
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from core import models
 from core.db import Database
@@ -144,6 +144,31 @@ def test_an_expired_lease_is_reaped_even_without_redis(bench: Bench) -> None:
     assert (released.status, released.crashes) == (JobStatus.QUEUED, 1)
     assert bench.codes(job.id)[-1] == "lease.expired"
     nowhere.close()
+
+
+def test_after_its_own_connection_was_lost_nothing_is_reaped_for_one_lease(
+    bench: Bench, dispatcher: Dispatcher
+) -> None:
+    """Perhaps another server took over, which has been up for long."""
+    job = bench.make_job(steps=1)
+    with bench.database.begin() as tx:
+        claim_job(tx, job)
+    backdate(bench, job, "lease_until")
+    cut_off = make_dispatcher(bench, lease_seconds=60, tick_seconds=0.05)
+    cut_off._wait()  # listens from now on
+    assert cut_off._bell is not None
+    with bench.database.begin() as tx:
+        pid = cut_off._bell.info.backend_pid
+        tx.execute(text("select pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    cut_off._wait()
+    cut_off._settings = dispatcher._settings  # whose lease Postgres has been up for
+    cut_off.work()
+
+    assert bench.job(job.id).status is JobStatus.RUNNING
+    dispatcher.work()
+    assert bench.job(job.id).status is JobStatus.QUEUED
+    cut_off.close()
 
 
 def test_a_live_lease_is_left_alone(bench: Bench, dispatcher: Dispatcher) -> None:

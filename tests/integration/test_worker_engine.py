@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from core import jobs
 from core.db import Database
+from core.ids import public_job_id
 from core.rows import Job
 from core.states import JobStatus
 from tests.factories import Tenant, make_file, make_job
 from tests.fakes.bench import Bench, assert_no_holes, open_bench
+from tests.live_api import live_api
 from tests.tiny_model import TINY_MODEL_ID, make_tiny_model
 
 SETTINGS = {
@@ -45,6 +47,13 @@ def bench(
         yield opened
 
 
+@pytest.fixture
+def client(tmp_path: Path, api_url: str, redis_url: str, tenant: Tenant) -> Iterator[httpx2.Client]:
+    """The owner of the bench's jobs, at an API over the same database."""
+    with live_api(api_url, redis_url, tmp_path / "api") as api, api.client(tenant) as opened:
+        yield opened
+
+
 ENGINE = (sys.executable, "-m", "ppo_engine")
 
 
@@ -64,9 +73,9 @@ def make_engine_job(bench: Bench, **over: Any) -> Job:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_job_that_was_paused_and_resumed_ends_as_one_that_was_not(
-    bench: Bench, precision: str
+    bench: Bench, client: httpx2.Client, precision: str
 ) -> None:
-    """Weights and values, bit for bit."""
+    """Weights and values, bit for bit; paused and resumed over HTTP."""
     settings = {
         "max_steps": 4,
         "checkpoint_interval": 100,
@@ -78,12 +87,12 @@ def test_a_job_that_was_paused_and_resumed_ends_as_one_that_was_not(
     }
     whole, paused = make_engine_job(bench, **settings), make_engine_job(bench, **settings)
     bench.run_job(whole, trainer_command=ENGINE)
-    asked: list[Job] = []
+    url = f"/v1/fine_tuning/jobs/{public_job_id(paused.id)}"
+    answers: list[httpx2.Response] = []
 
     def pause_after_the_first_step() -> bool:
-        if not asked and bench.job(paused.id).step >= 1:
-            with bench.database.begin() as tx:
-                asked.append(jobs.pause(tx, paused.id, tenant_id=paused.tenant_id))
+        if not answers and bench.job(paused.id).step >= 1:
+            answers.append(client.post(f"{url}/pause"))
         return False
 
     rests = bench.run_job(
@@ -92,10 +101,10 @@ def test_a_job_that_was_paused_and_resumed_ends_as_one_that_was_not(
         is_told_to_go=pause_after_the_first_step,
         pause_seconds=60.0,
     )
-    with bench.database.begin() as tx:
-        jobs.resume(tx, paused.id, tenant_id=paused.tenant_id)
+    answers.append(client.post(f"{url}/resume"))
     done = bench.run_job(paused, trainer_command=ENGINE)
 
+    assert [answer.json()["status"] for answer in answers] == ["running", "queued"]
     assert (rests.status, done.status) == (JobStatus.PAUSED, JobStatus.SUCCEEDED)
     assert bench.attempts(paused.id)[1].resumed_from_step == rests.saved_step < 4
     adapters = [

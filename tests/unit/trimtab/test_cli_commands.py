@@ -3,7 +3,10 @@ import os
 import socket
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -96,6 +99,42 @@ def test_a_client_command_without_a_server_says_that_none_answers(tmp_path: Path
 
     assert done.returncode == 4
     assert f"no server answers at {url}" in done.stderr
+
+
+class OneJob(BaseHTTPRequestHandler):
+    """A server whose job is asked to pause, then is paused."""
+
+    states: ClassVar[list[str]] = ["running", "running", "paused"]
+
+    def _answer(self) -> None:
+        body = json.dumps({"status": self.states.pop(0)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_pause_waits_when_it_is_told_to(tmp_path: Path) -> None:
+    (tmp_path / "api-key").write_text("sk-tt-1\n")
+    with ThreadingHTTPServer((HOST, 0), OneJob) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            url = f"http://{HOST}:{server.server_port}"
+            done = run_trimtab("pause", "j", "--wait", "--base-url", url, home=tmp_path)
+        finally:
+            server.shutdown()
+
+    assert (done.returncode, done.stdout) == (0, "paused\n")
+    assert OneJob.states == []
 
 
 def test_up_names_the_port_that_is_taken(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import hashlib
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -8,7 +10,7 @@ from threading import Thread
 import httpx2
 import pytest
 
-from trimtab.client import Client, parse_frames, safe_path
+from trimtab.client import Client, parse_frames, safe_path, unpack
 from trimtab.errors import ApiError, Failed, Unreachable
 
 Handler = Callable[[httpx2.Request], httpx2.Response]
@@ -257,6 +259,89 @@ def test_a_complete_part_is_taken(tmp_path: Path) -> None:
     client_of(answers).download("j", tmp_path)
 
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+
+
+def tar_with(*entries: tarfile.TarInfo) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for entry in entries:
+            content = CONTENT if entry.isfile() else b""
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def checkpoint_manifest(tar: bytes) -> dict[str, object]:
+    adapter = {"url": "/adapter?checkpoint=c", "sha256": hashlib.sha256(tar).hexdigest()}
+    return {"files": [], "checkpoint_id": "c", "adapter": adapter}
+
+
+def test_a_checkpoints_adapter_is_verified_and_unpacked(tmp_path: Path) -> None:
+    tar = tar_with(tarfile.TarInfo("adapter_model.safetensors"))
+    answers = Answers(
+        httpx2.Response(200, json=checkpoint_manifest(tar)), httpx2.Response(200, content=tar)
+    )
+
+    client_of(answers).download("j", tmp_path, checkpoint="c")
+
+    assert [request.url.params.get("checkpoint") for request in answers.requests] == ["c", "c"]
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")} == {
+        "adapter/adapter_model.safetensors",
+        "manifest.json",
+    }
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == CONTENT
+
+
+def test_a_checkpoints_adapter_with_a_wrong_digest_is_not_unpacked(tmp_path: Path) -> None:
+    tar = tar_with(tarfile.TarInfo("adapter_model.safetensors"))
+    wrong = [httpx2.Response(200, content=tar[:-1] + b"x") for _ in range(2)]
+    answers = Answers(httpx2.Response(200, json=checkpoint_manifest(tar)), *wrong)
+
+    with pytest.raises(Failed, match="not kept"):
+        client_of(answers).download("j", tmp_path)
+
+    assert not (tmp_path / "adapter").exists()
+
+
+def link(name: str) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return entry
+
+
+@pytest.mark.parametrize(
+    "entry", [link("weights"), tarfile.TarInfo("../weights"), tarfile.TarInfo("/weights")]
+)
+def test_an_archive_writes_plain_files_below_its_folder_only(
+    tmp_path: Path, entry: tarfile.TarInfo
+) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_with(entry))
+
+    with pytest.raises(Failed):
+        unpack(tmp_path / "x.tar", tmp_path / "out")
+
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x.tar"]
+
+
+@pytest.mark.parametrize("wish", ["pause", "resume", "cancel"])
+def test_a_wish_is_posted_to_its_address(wish: str) -> None:
+    answers = Answers(httpx2.Response(200, json={"status": "queued"}))
+
+    getattr(client_of(answers), wish)("j")
+
+    assert answers.requests[0].method == "POST"
+    assert answers.requests[0].url.path == f"/v1/fine_tuning/jobs/j/{wish}"
+
+
+@pytest.mark.parametrize("end", ["paused", "succeeded"])
+def test_waiting_ends_with_the_state_or_with_the_job(end: str) -> None:
+    states = ["running", "running", end]
+    answers = Answers(*(httpx2.Response(200, json={"status": state}) for state in states))
+
+    found = client_of(answers).wait_for("j", "paused")
+
+    assert found["status"] == end
+    assert answers.answers == []
 
 
 @pytest.mark.parametrize(
