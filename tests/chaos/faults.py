@@ -10,16 +10,24 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 from uuid import UUID
 
 import psutil
 import redis
+from sqlalchemy.exc import OperationalError
 
+from core.errors import DatabaseUnavailable
 from core.rows import Job
 from core.states import JobStatus, Phase
 from tests.fakes.bench import Bench
 from tests.fakes.waiting import wait_until
 from trimtab.embedded import EmbeddedServers
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 180
+"""Longest wait for running work; a machine that has better things to do is no fault."""
 
 
 class Fault(StrEnum):
@@ -72,6 +80,18 @@ class Landed:
     hit: tuple[UUID, ...]
 
 
+def when_answered(question: Callable[[], T]) -> Callable[[], T | None]:
+    """The same question; None while Postgres or Redis are away."""
+
+    def ask() -> T | None:
+        try:
+            return question()
+        except (DatabaseUnavailable, OperationalError, redis.RedisError):
+            return None
+
+    return ask
+
+
 @dataclass(kw_only=True)
 class Injector:
     """Does faults to the processes of one bench and its servers."""
@@ -87,7 +107,7 @@ class Injector:
 
     def inject(self, fault: Fault) -> None:
         """Do the fault as soon as there is running work for it to hit."""
-        victims = wait_until(lambda: self._victims(fault), seconds=60)
+        victims = wait_until(when_answered(lambda: self._victims(fault)), seconds=PATIENCE_SECONDS)
         victim = self.drawn.choice(victims)
         hit = [victim.job.id]
         match fault:
@@ -135,18 +155,13 @@ class Injector:
                 except psutil.NoSuchProcess:
                     continue
 
-    def is_answering(self) -> bool:
-        """Whether Postgres and Redis answer, so that a fault can be aimed."""
-        try:
-            self.bench.all_jobs()
-            with redis.Redis.from_url(self.servers.endpoints.redis_admin_url) as admin:
-                return bool(admin.ping())
-        except Exception:  # noqa: BLE001 - whatever it is, it does not answer yet
-            return False
+    def ping(self) -> None:
+        """Raise unless Redis answers; Postgres is asked by everything else."""
+        with redis.Redis.from_url(self.servers.endpoints.redis_admin_url) as admin:
+            admin.ping()
 
     def _victims(self, fault: Fault) -> list[Victim]:
-        if not self.is_answering():
-            return []
+        self.ping()
         self.wake_late_supervisors()
         found = [one for worker in self.workers() if (one := self._victim_of(worker))]
         if fault in _CRASHES:

@@ -23,7 +23,7 @@ from core.states import FINAL
 from migrations import commands
 from migrations.roles import WORKER_ROLE
 from tests.chaos.checker import Findings, check_jobs, check_processes
-from tests.chaos.faults import Fault, Injector, Worker
+from tests.chaos.faults import PATIENCE_SECONDS, Fault, Injector, Worker, when_answered
 from tests.chaos.report import Report
 from tests.conftest import as_role
 from tests.factories import make_tenant
@@ -39,7 +39,7 @@ STEPS = (40, 100)
 ROWS_BETWEEN = (4, 16)
 """Rows that jobs write between two faults."""
 STEP_SECONDS = 0.05
-QUIET_SECONDS = 60
+QUIET_SECONDS = 180
 """Longest time that all jobs may take to end after the last fault."""
 
 
@@ -157,34 +157,40 @@ def _own_bench(home: Path) -> Iterator[tuple[Bench, EmbeddedServers]]:
 
 def _post_jobs(bench: Bench, steps_of: dict[UUID, int], drawn: random.Random) -> None:
     """New jobs until enough are unfinished; what is posted is accepted from here on."""
-    unfinished = [job for job in bench.all_jobs() if job.status not in FINAL]
-    for _ in range(UNFINISHED - len(unfinished)):
-        steps = drawn.randint(*STEPS)
-        steps_of[bench.make_job(steps=steps).id] = steps
+
+    @when_answered
+    def is_enough() -> bool:
+        unfinished = [job for job in bench.all_jobs() if job.status not in FINAL]
+        for _ in range(UNFINISHED - len(unfinished)):
+            steps = drawn.randint(*STEPS)
+            steps_of[bench.make_job(steps=steps).id] = steps
+        return True
+
+    wait_until(is_enough, seconds=PATIENCE_SECONDS)
 
 
 def _let_work_go_on(injector: Injector, crew: Crew, rows: int) -> None:
     """Return once the servers answer and jobs have written so many more rows."""
 
-    def written() -> int | None:
+    @when_answered
+    def written() -> int:
         crew.tend()
-        if not injector.is_answering():
-            return None
+        injector.ping()
         injector.wake_late_supervisors()
         return sum(job.last_seq for job in injector.bench.all_jobs())
 
-    before = wait_until(written, seconds=30)
-    wait_until(lambda: (written() or 0) >= before + rows, seconds=30)
+    before = wait_until(written, seconds=PATIENCE_SECONDS)
+    wait_until(lambda: (written() or 0) >= before + rows, seconds=PATIENCE_SECONDS)
 
 
 def _settle(injector: Injector, crew: Crew, steps_of: Mapping[UUID, int]) -> Findings:
     """What is found once every job has ended, or has had time enough to."""
     bench = injector.bench
 
+    @when_answered
     def all_ended() -> bool:
         crew.tend()
-        if not injector.is_answering():
-            return False
+        injector.ping()
         injector.wake_late_supervisors()
         return not injector.stopped and all(job.status in FINAL for job in bench.all_jobs())
 

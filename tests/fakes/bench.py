@@ -34,6 +34,9 @@ from worker import supervisor
 from worker.settings import WorkerSettings
 from worker.stream import FeedStream
 
+ROOT = str(Path(__file__).parents[2])
+"""Where the packages are, this one among them."""
+
 SEED = 7
 """What `make_job` resolves a job without a seed to."""
 
@@ -175,6 +178,12 @@ class Bench:
         with self.database.begin() as tx:
             return {one.path: one for one in artifacts.of_job(tx, job_id)}
 
+    def told_step(self, job_id: UUID, *, attempt: int) -> int:
+        """The last step in the journal of an attempt's trainer, stored or not."""
+        journal = self.scratch / str(job_id) / f"attempt-{attempt}" / "metrics.jsonl"
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        return max((one["step"] for one in lines if one["kind"] == "metrics"), default=0)
+
     def final_state(self, job_id: UUID) -> str:
         """The state in the published adapter."""
         artifact = self.artifacts(job_id)["adapter/adapter_model.safetensors"]
@@ -185,7 +194,7 @@ class Bench:
         fields = FAST | FAST_DISPATCHER | over
         return {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.getcwd(),  # noqa: PTH109 - the root of the repository
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(fields.pop("pythonpath", "")), ROOT))),
             "TRIMTAB_HOME": str(self.home),
             "TRIMTAB_LOG": "console",
             "DATABASE_URL": self.worker_url,
@@ -316,3 +325,17 @@ def holder(job: Job) -> Holder:
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
     """kill -9."""
     process.send_signal(signal.SIGKILL)
+
+
+def pool_child(worker: subprocess.Popen[bytes]) -> psutil.Process:
+    """The worker's process that runs tasks."""
+    return one(psutil.Process(worker.pid).children())
+
+
+def one(processes: list[psutil.Process]) -> psutil.Process:
+    assert len(processes) == 1, processes
+    return processes[0]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

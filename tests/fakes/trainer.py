@@ -10,8 +10,11 @@ The plan, read afresh at every step, makes it misbehave:
     hold_at         wait before this step until the plan no longer says so
     attempts        the attempts for which the keys below count; all when absent
     die_at          kill itself with SIGKILL before this step
+    die_in_save     the same in the checkpoint of `step`: "draft" (half written), "name" (before it
+                    has its name) or "line" (before it is told)
     exit_at, exit   end before this step with this {code, reason, error}
     ignore_stop     go on training when asked to stop
+    padding         bytes of nothing in each checkpoint
     spoil           "checkpoint", "final" or "line": write a wrong hash, or a line that is no JSON
 """
 
@@ -196,13 +199,17 @@ class FakeTrainer:
         draft.mkdir()
         (draft / "adapter").mkdir()
         (draft / "adapter" / "adapter_model.safetensors").write_text(state)
+        self._die_in_save(step, "draft")
         _write_json(draft / "state.json", {"state": state, "step": step})
-        names = ("adapter/adapter_model.safetensors", "state.json")
+        (draft / "padding").write_bytes(bytes(self._faults().get("padding", 0)))
+        names = ("adapter/adapter_model.safetensors", "padding", "state.json")
         files = {name: _described(draft / name) for name in names}
         manifest = {"files": files, "step": step, "environment": {"trainer": "fake"}}
         _write_json(draft / "manifest.json", manifest)
+        self._die_in_save(step, "name")
         draft.rename(target)
         digest = _sha256(target / "manifest.json")
+        self._die_in_save(step, "line")
         if self._spoils("checkpoint"):
             (target / "state.json").write_text("{}")
         self._lines.sync()
@@ -266,6 +273,10 @@ class FakeTrainer:
             raise EndRun(end["code"], end["reason"], end.get("error"))
         if plan.get("spoil") == "line":
             self._lines.write_raw(b"not a line of the protocol\n")
+
+    def _die_in_save(self, step: int, point: str) -> None:
+        if self._faults().get("die_in_save") == {"step": step, "point": point}:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _spoils(self, what: str) -> bool:
         return bool(self._faults().get("spoil") == what)

@@ -3,7 +3,6 @@
 Each case is one scenario run twice; no chance is involved, so a checker gone blind fails here.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def let_a_supervisor_come_back_late(bench: Bench, *, without: str | None) -> UUI
     bench.forget_backoff()
     bench.start_worker(worker_label="next")
     wait_until(lambda: bench.job(job.id).worker_label == "next" and bench.job(job.id).step == 4)
-    wait_until(lambda: last_step_told(bench, job.id, attempt=1) == 4)
+    wait_until(lambda: bench.told_step(job.id, attempt=1) == 4)
     late.resume()
     return job.id
 
@@ -131,11 +130,3 @@ def test_a_corrupt_checkpoint_is_told_by_its_digest(
 
     assert newest.step == 4
     assert broken(check_jobs(bench, {job.id: 8})) == expected
-
-
-def last_step_told(bench: Bench, job_id: UUID, *, attempt: int) -> int:
-    """The last step in the journal of an attempt, read or not."""
-    journal = bench.scratch / str(job_id) / f"attempt-{attempt}" / "metrics.jsonl"
-    lines = journal.read_text().splitlines()
-    steps = [one["step"] for one in map(json.loads, lines) if one["kind"] == "metrics"]
-    return int(steps[-1])

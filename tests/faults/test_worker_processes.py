@@ -1,16 +1,12 @@
 """Real worker and dispatcher processes around the fake trainer, killed at the wrong moment."""
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
-from sqlalchemy import update
 
-from core import models
 from core.db import Database
 from core.states import JobStatus
 from tests.conftest import Servers
@@ -21,8 +17,11 @@ from tests.fakes.bench import (
     assert_no_holes,
     expected_rewards,
     expected_state,
+    is_alive,
     kill,
+    one,
     open_bench,
+    pool_child,
     rewards,
 )
 from tests.fakes.waiting import wait_until
@@ -85,7 +84,7 @@ def test_a_killed_trainer_resumes_from_its_checkpoint(bench: Bench) -> None:
     kill(one(bench.trainers()))
     wait_until(lambda: bench.job(job.id).crashes == 1)
     bench.plan()
-    forget_backoff(bench)
+    bench.forget_backoff()
 
     done = bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
     assert [a.resumed_from_step for a in bench.attempts(job.id)] == [0, 2]
@@ -106,7 +105,7 @@ def test_a_killed_pool_child_is_released_by_the_parent(bench: Bench) -> None:
     wait_until(lambda: not is_alive(trainer), seconds=5)
     assert bench.attempts(job.id)[0].end_reason == "worker_lost"
     bench.plan()
-    forget_backoff(bench)
+    bench.forget_backoff()
     done = bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
     assert_as_if_uninterrupted(bench, done, steps=6)
 
@@ -125,7 +124,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_is_reaped(bench: Bench) -> 
     wait_until(lambda: bench.job(job.id).crashes == 1, seconds=10)
     assert bench.attempts(job.id)[0].end_reason == "lease_expired"
     bench.plan()
-    forget_backoff(bench)
+    bench.forget_backoff()
     bench.start_worker()
     done = bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
     assert_as_if_uninterrupted(bench, done, steps=6)
@@ -178,7 +177,7 @@ def test_a_stopped_supervisor_comes_back_too_late(bench: Bench) -> None:
     bench.plan()
     wait_until(lambda: not is_alive(late_trainer), seconds=5)
     bench.start_worker(worker_label="next")
-    forget_backoff(bench)
+    bench.forget_backoff()
     bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
     late_child.send_signal(signal.SIGCONT)
 
@@ -186,23 +185,3 @@ def test_a_stopped_supervisor_comes_back_too_late(bench: Bench) -> None:
     done = bench.job(job.id)
     assert done.worker_label == "next"
     assert_as_if_uninterrupted(bench, done, steps=6)
-
-
-def forget_backoff(bench: Bench) -> None:
-    """Let queued jobs start again at once."""
-    with bench.database.begin() as tx:
-        tx.execute(update(models.job).values(not_before=None))
-
-
-def pool_child(worker: subprocess.Popen[bytes]) -> psutil.Process:
-    """The worker's process that runs tasks."""
-    return one(psutil.Process(worker.pid).children())
-
-
-def one(processes: list[psutil.Process]) -> psutil.Process:
-    assert len(processes) == 1, processes
-    return processes[0]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -3,8 +3,10 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from kombu import Connection
@@ -61,8 +63,9 @@ def bench(tmp_path: Path, own_servers: EmbeddedServers) -> Iterator[Bench]:
         admin.flushall()
 
 
-def test_a_killed_postgres_costs_a_running_job_nothing(
-    bench: Bench, own_servers: EmbeddedServers
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "restarted"])
+def test_a_postgres_that_goes_and_comes_back_costs_a_running_job_nothing(
+    bench: Bench, own_servers: EmbeddedServers, number: signal.Signals
 ) -> None:
     bench.plan(hold_at=4)
     job = bench.make_job(steps=6)
@@ -71,7 +74,7 @@ def test_a_killed_postgres_costs_a_running_job_nothing(
     bench.wait_for_step(job.id, 3)
     before = own_servers.endpoints.postgres_pid
 
-    os.kill(before, signal.SIGKILL)
+    os.kill(before, number)
     bench.plan()
     wait_until(lambda: own_servers.endpoints.postgres_pid != before)
     wait_until(lambda: answers(bench.database))
@@ -79,6 +82,42 @@ def test_a_killed_postgres_costs_a_running_job_nothing(
     done = bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
     assert done.attempt == 1
     assert_as_if_uninterrupted(bench, bench.job(job.id), steps=6)
+
+
+@pytest.mark.parametrize("steps", [20, 4], ids=["while it trains", "at its end"])
+def test_a_postgres_that_stalls_below_the_lease_costs_a_running_job_nothing(
+    bench: Bench, own_servers: EmbeddedServers, steps: int
+) -> None:
+    """Training goes on meanwhile; what was told is stored afterwards, and the end once."""
+    bench.plan(hold_at=3)
+    job = bench.make_job(steps=steps)
+    bench.start_dispatcher()
+    bench.start_worker(lease_seconds=60)
+    bench.wait_for_step(job.id, 2)
+
+    with frozen(own_servers.endpoints.postgres_pid):
+        bench.plan(hold_at=15)
+        told = min(steps, 14)
+        wait_until(lambda: bench.told_step(job.id, attempt=1) == told)
+    bench.plan()
+
+    done = bench.wait_for_status(job.id, JobStatus.SUCCEEDED)
+    assert done.attempt == 1
+    assert_as_if_uninterrupted(bench, done, steps=steps)
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """The server and all its sessions, standing still."""
+    server = psutil.Process(pid)
+    everyone = [server, *server.children(recursive=True)]
+    for process in everyone:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in everyone:
+            process.resume()
 
 
 def answers(database: Database) -> bool:

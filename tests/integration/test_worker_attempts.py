@@ -320,7 +320,7 @@ def test_only_the_last_three_checkpoints_stay_whole(bench: Bench) -> None:
     }
     adapter = "adapter/adapter_model.safetensors"
     assert files_of(bench, found[2].uri) == {adapter}
-    assert files_of(bench, found[6].uri) == {adapter, "manifest.json", "state.json"}
+    assert files_of(bench, found[6].uri) == {adapter, "manifest.json", "padding", "state.json"}
 
 
 def test_a_cancelled_job_that_does_not_listen_is_killed(bench: Bench) -> None:
