@@ -220,6 +220,38 @@ def test_a_job_that_ends_before_its_pause_succeeds_and_says_so(
     assert ended.items[-1].message == "The job has been completed, before it could be paused"
 
 
+def test_of_a_pause_and_a_finish_at_once_the_finish_wins(
+    database: Database, worker_database: Database, tenant: Tenant
+) -> None:
+    start = threading.Barrier(2)
+    with database.begin() as tx:
+        made = [make_job(tx, tenant, queue=tenant.slug) for _ in range(RACES)]
+    with worker_database.begin() as tx:
+        holders = [claim_job(tx, one).holder for one in made]
+
+    def pause_all() -> list[bool]:
+        accepted = []
+        for one in made:
+            start.wait()
+            accepted.append(isinstance(wish_of(database, one, jobs.pause), Job))
+        return accepted
+
+    def finish_all() -> list[attempts.Ended]:
+        ended = []
+        for holder in holders:
+            start.wait()
+            with worker_database.begin() as tx:
+                ended.append(attempts.finish(tx, holder, artifacts=[], fine_tuned_model="ft:x"))
+        return ended
+
+    with ThreadPoolExecutor(2) as pool:
+        accepted, ended = pool.submit(pause_all), pool.submit(finish_all)
+
+    assert {end.status for end in ended.result()} == {JobStatus.SUCCEEDED}
+    told = ["before it could be paused" in end.items[-1].message for end in ended.result()]
+    assert told == accepted.result()
+
+
 @pytest.mark.parametrize("wish", [jobs.pause, jobs.resume])
 def test_a_wish_racing_a_release_never_calls_a_live_job_finished(
     database: Database, worker_database: Database, tenant: Tenant, wish: Wish

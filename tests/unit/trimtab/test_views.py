@@ -250,6 +250,25 @@ def test_a_failed_job_tells_why() -> None:
     assert lines[-1] == "error    The grader answered with NaN. [reward_failed]"
 
 
+@pytest.mark.parametrize(
+    ("phase", "reached", "line"),
+    [
+        ("training", None, "status   paused (training)"),
+        (None, "max_generated_tokens", "status   paused (at its max_generated_tokens)"),
+        (None, None, "status   paused"),
+    ],
+)
+def test_a_job_tells_what_goes_on_in_its_state(
+    phase: str | None, reached: str | None, line: str
+) -> None:
+    job = {"id": "j", "status": "paused", "model": "m", "phase": phase}
+
+    assert job_lines(job | {"limits": {"reached": reached}})[1] == line
+    assert job_lines(job | {"limits": None})[1] == line.replace(
+        " (at its max_generated_tokens)", ""
+    )
+
+
 def test_the_shipped_prompts_are_64_and_16_and_share_none() -> None:
     def prompts(name: str) -> list[str]:
         lines = (SHIPPED / name).read_text(encoding="utf-8").splitlines()
