@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from importlib.util import find_spec
 
 import uvicorn
 from fastapi import FastAPI
@@ -43,12 +44,30 @@ def main() -> int:
         sys.stderr.write(f"api: missing or wrong settings: {missing}\n")
         return EXIT_SETTINGS
     logs.configure(log_format=settings.log_format)
+    if settings.metrics_port and find_spec("prometheus_client") is None:
+        sys.stderr.write(
+            "api: TRIMTAB_METRICS_PORT is set, but prometheus-client is not installed; "
+            "install trimtab[metrics], or unset the variable\n"
+        )
+        return EXIT_SETTINGS
     app = create_app(settings)
     if hindrance := hindrance_to_start(app.state.services):
         sys.stderr.write(f"api: {hindrance}\n")
         return EXIT_START
     server = make_server(app, settings)
+    if settings.metrics_port:
+        try:
+            app.state.exposition.serve(settings.metrics_host, settings.metrics_port)
+        except OSError as error:
+            place = f"{settings.metrics_host}:{settings.metrics_port}"
+            sys.stderr.write(
+                f"api: /metrics cannot be served on {place}: {error.strerror}; "
+                "change TRIMTAB_METRICS_PORT\n"
+            )
+            return EXIT_START
     server.run()
+    if settings.metrics_port:
+        app.state.exposition.end()
     return 0 if server.started else EXIT_START
 
 

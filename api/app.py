@@ -83,6 +83,12 @@ def create_app(settings: ApiSettings) -> FastAPI:
         max_file_bytes=settings.max_file_bytes,
     )
     app.add_middleware(RequestLog)
+    if settings.metrics_port:
+        # An extra that only this setting needs; `python -m api` says so when it is not there.
+        from api.prometheus import Exposition  # noqa: PLC0415
+
+        app.state.exposition = exposition = Exposition(services, hub)
+        app.add_middleware(exposition.meter)
     return app
 
 

@@ -54,6 +54,8 @@ SLOW = "slow"
 KEY_ENDED = "key_ended"
 STOPPING = "stopping"
 BROKEN = "broken"
+CLOSE_REASONS = (SLOW, KEY_ENDED, STOPPING, BROKEN)
+"""Why the server ends a stream early."""
 
 Result = TypeVar("Result")
 

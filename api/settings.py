@@ -26,3 +26,7 @@ class ApiSettings(ServiceSettings):
     """Longest life of one stream; the client comes back with its last id."""
     key_check_seconds: float = Field(60, gt=0, validation_alias="TRIMTAB_KEY_CHECK_SECONDS")
     """Period after which an open stream looks whether its key is still valid."""
+    metrics_host: str = Field("127.0.0.1", validation_alias="TRIMTAB_METRICS_HOST")
+    """Address of `/metrics`, which asks for no key: never a public one."""
+    metrics_port: int = Field(0, ge=0, le=65535, validation_alias="TRIMTAB_METRICS_PORT")
+    """Port of `/metrics` for Prometheus; 0 is none."""

@@ -21,3 +21,24 @@ FEED_SECONDS = 24 * 3600
 def feed_key(job_id: UUID) -> str:
     """The Redis stream that carries the feed of a job."""
     return f"feed:{job_id}"
+
+
+PRESENCE_SECONDS = 45
+"""How long a worker that tells nothing more still counts as online."""
+
+_PRESENCE = "online"
+
+
+def presence_key(queue: str, label: str) -> str:
+    """The Redis key that says that a worker lives."""
+    return f"{_PRESENCE}:{queue}:{label}"
+
+
+def presence_pattern() -> str:
+    """What all of these keys match."""
+    return f"{_PRESENCE}:*"
+
+
+def presence_queue(key: str) -> str:
+    """The queue in such a key."""
+    return key.split(":", 2)[1]

@@ -19,7 +19,8 @@ from typing import BinaryIO
 from core.errors import ArtifactNotFound, StoredFileCorrupt
 
 CHUNK_BYTES = 1 << 20
-_INCOMING = ".incoming"
+INCOMING = ".incoming"
+"""Folder of objects that are not complete."""
 _NO_LINKS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -36,7 +37,7 @@ def check_key(key: str) -> tuple[str, ...]:
     """The parts of a key; ArtifactNotFound for anything that is no plain relative name."""
     parts = tuple(key.split("/"))
     is_plain = all(
-        part not in {"", ".", "..", _INCOMING} and "\x00" not in part and "\\" not in part
+        part not in {"", ".", "..", INCOMING} and "\x00" not in part and "\\" not in part
         for part in parts
     )
     if not is_plain:
@@ -149,7 +150,7 @@ class ArtifactStore:
     @contextlib.contextmanager
     def _incoming(self) -> Iterator[tuple[Path, BinaryIO]]:
         """A new file on the same file system; gone afterwards unless it was moved away."""
-        folder = self.root / _INCOMING
+        folder = self.root / INCOMING
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / secrets.token_hex(16)
         try:

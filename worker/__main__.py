@@ -12,6 +12,7 @@ def main() -> int:
     """Run the worker until it is told to stop."""
     from core import logs  # noqa: PLC0415 - after REMAP_SIGTERM, as everything that imports celery
     from worker.celery_app import make_celery  # noqa: PLC0415
+    from worker.presence import announce  # noqa: PLC0415
     from worker.settings import WorkerSettings  # noqa: PLC0415
     from worker.tasks import register  # noqa: PLC0415
 
@@ -19,6 +20,7 @@ def main() -> int:
     logs.configure(log_format=settings.log_format)
     app = make_celery(settings.redis_url.get_secret_value(), queue=settings.queue)
     register(app, settings)
+    announce(settings)
     worker = app.Worker(
         hostname=f"{settings.label}@{settings.queue}",
         quiet=True,

@@ -23,7 +23,7 @@ from core.errors import DatabaseUnavailable
 from core.storage import ArtifactStore
 from worker.celery_app import make_celery
 from worker.settings import DispatcherSettings
-from worker.sweep import sweep
+from worker.sweep import sweep, sweep_answers, sweep_uploads
 
 RINGS_PER_SLOT = 4
 """Rings that may wait in Redis per worker; the order of the rest is decided in Postgres."""
@@ -84,7 +84,12 @@ class Dispatcher:
             self._try(self.reap)
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
-            self._try(lambda: sweep(self._database, self._store))
+            for sweeping in (
+                lambda: sweep(self._database, self._store),
+                lambda: sweep_uploads(self._database, self._store),
+                lambda: sweep_answers(self._database),
+            ):
+                self._try(sweeping)
 
     def _try(self, duty: Callable[[], object]) -> None:
         """Do it unless Postgres, Redis or the store is away; the next round comes soon."""

@@ -1,7 +1,8 @@
-"""Removes what a death left behind: stored files of attempts that no row names."""
+"""Removes what nobody will ask for: what a death left behind, and what is past its time."""
 
 import contextlib
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from pathlib import Path
 from uuid import UUID
 
 import structlog
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, and_, or_, select
 
-from core import models
+from core import idempotency, models
 from core.attempts import Holder
-from core.db import Database
-from core.storage import ArtifactStore
+from core.db import Database, now
+from core.states import FINAL
+from core.storage import INCOMING, ArtifactStore
 
 KEPT_FOR = timedelta(hours=24)
+KEYS_AT_ONCE = 1000
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +40,76 @@ def sweep(database: Database, store: ArtifactStore, *, kept_for: timedelta = KEP
     if orphans:
         log.info("sweep.removed", files=len(orphans))
     return len(orphans)
+
+
+def sweep_uploads(
+    database: Database, store: ArtifactStore, *, kept_for: timedelta = KEPT_FOR
+) -> int:
+    """Delete old bytes of uploads that no row names, or whose file is deleted or expired.
+
+    And uploads that were never completed.  A file that an unfinished job reads stays.
+    """
+    before = time.time() - kept_for.total_seconds()
+    old = [path for path in _files(store.root / "files") if is_older(path, before)]
+    keys = {path.relative_to(store.root).as_posix(): path for path in old}
+    unneeded = [keys[key] for key in keys.keys() - _needed_uploads(database, list(keys))]
+    unneeded += [path for path in _files(store.root / INCOMING) if is_older(path, before)]
+    for path in unneeded:
+        path.unlink(missing_ok=True)
+    if unneeded:
+        log.info("sweep.removed_uploads", files=len(unneeded))
+    return len(unneeded)
+
+
+def sweep_answers(database: Database) -> int:
+    """Forget the stored answers of requests that can no longer be repeated."""
+    with database.begin() as tx:
+        count = idempotency.sweep(tx)
+    if count:
+        log.info("sweep.forgot_answers", answers=count)
+    return count
+
+
+def sweep_runs(database: Database, scratch: Path, *, kept_for: timedelta = KEPT_FOR) -> int:
+    """Delete old run directories whose attempt is over: of workers that died in them."""
+    before = time.time() - kept_for.total_seconds()
+    over: list[Path] = []
+    for folder in sorted(scratch.glob("*/attempt-*")):
+        attempt = _attempt_of(folder)
+        if attempt is None or folder.is_symlink() or folder.stat().st_mtime >= before:
+            continue
+        with database.begin() as tx:
+            if not _is_held(tx, attempt):
+                over.append(folder)
+    for folder in over:
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(folder.parent, below=scratch)
+    if over:
+        log.info("sweep.removed_runs", folders=len(over))
+    return len(over)
+
+
+def _needed_uploads(database: Database, keys: list[str]) -> set[str]:
+    """Those of the keys that somebody may still ask for."""
+    file, job = models.file.c, models.job.c
+    is_used = (
+        select(job.id)
+        .where(
+            or_(job.training_file_id == file.id, job.validation_file_id == file.id),
+            job.status.not_in(FINAL),
+        )
+        .exists()
+    )
+    is_kept = and_(
+        file.deleted_at.is_(None), or_(file.expires_at.is_(None), file.expires_at > now())
+    )
+    needed: set[str] = set()
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        some = keys[start : start + KEYS_AT_ONCE]
+        with database.begin() as tx:
+            rows = tx.execute(select(file.uri).where(file.uri.in_(some), or_(is_kept, is_used)))
+            needed |= set(rows.scalars())
+    return needed
 
 
 def is_older(path: Path, moment: float) -> bool:

@@ -15,7 +15,7 @@ import structlog
 from billiard.common import TERM_SIGNAL
 from billiard.exceptions import WorkerLostError
 from celery import Celery
-from celery.signals import setup_logging, task_failure, worker_process_init
+from celery.signals import setup_logging, task_failure, worker_process_init, worker_ready
 
 from core import attempts
 from core.db import Database
@@ -24,9 +24,13 @@ from core.errors import DatabaseUnavailable
 from core.models_catalog import ModelCatalog
 from core.storage import ArtifactStore
 from worker import supervisor
+from worker.hold import NO_ANSWER
 from worker.settings import WorkerSettings
 from worker.stream import FeedStream
+from worker.sweep import sweep_runs
 from worker.trainer_process import DieWithParent
+
+SWEEP_SECONDS = 3600.0
 
 log = structlog.get_logger(__name__)
 
@@ -59,10 +63,26 @@ def register(app: Celery, settings: WorkerSettings) -> None:
     def prepare_child(**_: Any) -> None:
         die_with_parent()
 
+    @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
+    def begin_sweeping(sender: Any, **_: Any) -> None:
+        sweep_own_runs(settings)
+        sender.timer.call_repeatedly(SWEEP_SECONDS, sweep_own_runs, (settings,))
+
     @task_failure.connect(weak=False)  # type: ignore[untyped-decorator]
     def release_lost(task_id: str, exception: BaseException, **_: Any) -> None:
         if isinstance(exception, WorkerLostError):
             release_claim(settings, task_id)
+
+
+def sweep_own_runs(settings: WorkerSettings) -> None:
+    """Delete what workers that died on this machine left in the scratch folder."""
+    database = Database(settings.database_url.get_secret_value(), pool_size=1)
+    try:
+        sweep_runs(database, settings.scratch)
+    except (*NO_ANSWER, OSError) as error:
+        log.warning("sweep.postponed", error=type(error).__name__)
+    finally:
+        database.dispose()
 
 
 def release_claim(settings: WorkerSettings, task_id: str) -> None:

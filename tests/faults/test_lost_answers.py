@@ -1,4 +1,4 @@
-"""Postgres commits and the answer is lost: everything is tried again, and nothing is there twice."""
+"""Postgres commits and the answer is lost: everything is tried again, nothing is twice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
