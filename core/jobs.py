@@ -132,6 +132,14 @@ def get(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
     return job_of(row._asdict())
 
 
+def lock(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
+    """The tenant's job, which nobody else changes until the transaction ends."""
+    tx.execute(
+        select(_job.id).where(_job.id == job_id, _job.tenant_id == tenant_id).with_for_update()
+    )
+    return get(tx, job_id, tenant_id=tenant_id)
+
+
 def page(
     tx: Connection,
     *,

@@ -301,9 +301,10 @@ def _changed(
     identity = identify(request, caller, None)
 
     def work() -> schemas.Job:
-        before = find_job(tx, job_id, caller)
-        _check_match(request, _view(tx, before, caller))
-        return _view(tx, change(tx, before.id, tenant_id=caller.tenant_id), caller)
+        key, tenant_id = job_id_of(job_id), caller.tenant_id
+        if "if-match" in request.headers:
+            _check_match(request, _view(tx, jobs.lock(tx, key, tenant_id=tenant_id), caller))
+        return _view(tx, change(tx, key, tenant_id=tenant_id), caller)
 
     with services.database.begin() as tx:
         answer = once(tx, identity, work)

@@ -4,11 +4,12 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from core import attempts, jobs, models
 from core.adapter_tar import AdapterTar, StoredAdapter
@@ -19,7 +20,7 @@ from core.rows import Job
 from core.states import Phase
 from tests.conftest import Servers
 from tests.factories import MODEL, TTL, Tenant, claim_job, make_tenant
-from tests.live_api import LiveApi, create_job, job_body, live_api, put_artifact
+from tests.live_api import LiveApi, create_job, job_body, live_api, put_artifact, wait_until
 
 JOBS = "/v1/fine_tuning/jobs"
 WEIGHTS = "adapter_model.safetensors"
@@ -155,6 +156,34 @@ def test_a_pause_with_an_old_tag_is_refused(
     answer = client.post(f"{JOBS}/{job['id']}/pause", headers={"If-Match": tag})
 
     assert code_of(answer) == (412, "precondition_failed")
+    assert row_of(worker_database, job, tenant).stop_wanted is None
+
+
+def test_a_change_on_its_way_counts_for_the_tag(
+    client: httpx2.Client, owner_database: Database, worker_database: Database, tenant: Tenant
+) -> None:
+    """The job is claimed by a transaction that ends after the pause has been asked for."""
+    job = create_job(client)
+    tag = client.get(f"{JOBS}/{job['id']}").headers["ETag"]
+    row = row_of(worker_database, job, tenant)
+
+    def waits_for_a_lock() -> bool:
+        waiting = text(
+            "select count(*) from pg_locks l join pg_stat_activity a using (pid)"
+            " where not l.granted and a.datname = current_database()"
+        )
+        with owner_database.begin() as tx:
+            return bool(tx.execute(waiting).scalar_one())
+
+    with ThreadPoolExecutor(1) as pool:
+        with worker_database.begin() as tx:
+            claim_job(tx, row)
+            answer = pool.submit(
+                client.post, f"{JOBS}/{job['id']}/pause", headers={"If-Match": tag}
+            )
+            wait_until(waits_for_a_lock)
+
+        assert code_of(answer.result()) == (412, "precondition_failed")
     assert row_of(worker_database, job, tenant).stop_wanted is None
 
 
