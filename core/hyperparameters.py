@@ -68,6 +68,23 @@ class Model(BaseModel):
         return field is not None and type(None) not in get_args(field.annotation)
 
 
+class LastLayers(Model):
+    """Only the top of the model: faster and leaner, because it trains less."""
+
+    last: int = Field(ge=1, le=1024)
+    """Number of layers, counted from the top."""
+
+
+def _kind_of_layers(value: Any) -> str:
+    return "word" if isinstance(value, str) else "table"
+
+
+Layers = Annotated[
+    Annotated[Literal["all"], Tag("word")] | Annotated[LastLayers, Tag("table")],
+    Discriminator(_kind_of_layers),
+]
+
+
 class Lora(Model):
     """The adapter: which linear layers it changes, and how large it is."""
 
@@ -79,6 +96,8 @@ class Lora(Model):
         "auto"
     )
     """Names of linear layers; "auto" takes all except the output head."""
+    layers: Layers = "all"
+    """Which layers of the model are adapted."""
 
 
 class OverlongBuffer(Model):

@@ -27,6 +27,7 @@ from core.hyperparameters import (
     SEED_BITS,
     GuardRule,
     Guards,
+    LastLayers,
     Lora,
     Model,
     OverlongBuffer,
@@ -289,10 +290,11 @@ def _start_faults(ppo: PpoHyperparameters, start_lora: Mapping[str, Any]) -> lis
     """Faults of an adapter that shall have another form than the one it starts from."""
     given = ppo.lora.model_dump(mode="json", exclude_unset=True)
     faults = []
+    form = Lora().model_dump(mode="json") | dict(start_lora)  # older jobs know fewer settings
     for name, value in given.items():
-        if value != start_lora[name]:
+        if value != form[name]:
             detail = (
-                f"lora.{name} is {value}, but the adapter to go on from has {start_lora[name]}; "
+                f"lora.{name} is {value}, but the adapter to go on from has {form[name]}; "
                 "leave lora out"
             )
             faults.append(Fault(f"{POINTER}/lora/{name}", "invalid_combination", detail))
@@ -454,7 +456,7 @@ def _is_branch(part: int | str) -> bool:
     """Whether pydantic added this to the path: the tag of a union, or a type in brackets."""
     if not isinstance(part, str):
         return False
-    return part in {*REWARDS, "[key]", "number", "word"} or part.startswith(
+    return part in {*REWARDS, "[key]", "number", "word", "table"} or part.startswith(
         ("list[", "literal[", "function-")
     )
 
@@ -504,6 +506,7 @@ _FIELDS: dict[tuple[str, ...], type[BaseModel]] = {
     ("method", "ppo"): PpoMethod,
     ("method", "ppo", "hyperparameters"): PpoHyperparameters,
     ("method", "ppo", "hyperparameters", "lora"): Lora,
+    ("method", "ppo", "hyperparameters", "lora", "layers"): LastLayers,
     ("method", "ppo", "hyperparameters", "guards"): Guards,
     ("method", "ppo", "hyperparameters", "guards", "rules"): GuardRule,
     ("method", "ppo", "hyperparameters", "overlong_buffer"): OverlongBuffer,

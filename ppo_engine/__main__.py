@@ -34,7 +34,7 @@ from ppo_engine.errors import (
     OutOfMemory,
     SelfCheckFailed,
 )
-from ppo_engine.export import RunSummary, export_result
+from ppo_engine.export import RunSummary, export_result, read_adapter
 from ppo_engine.graders.catalog import build_grader
 from ppo_engine.health import self_check_event
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
@@ -183,8 +183,6 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
     train, validation = (
         _load_prompts(run, base, name, config.max_prompt_tokens) for name in ("train", "validation")
     )
-    if run.start_adapter is not None:
-        raise InvalidConfig("starting from an adapter is not built yet", param="model")
     policy = Policy(
         base,
         config.lora,
@@ -192,6 +190,9 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
         seed=run.seed,
         critic=config.critic if config.has_critic else None,
     )
+    if run.start_adapter is not None:
+        read_adapter(policy, run.folder / run.start_adapter)
+        policy.hold_to_present_adapter()
     return Trainer(policy, scorer, train, config, seed=run.seed, validation=validation)
 
 

@@ -97,6 +97,8 @@ class LoraConfig:
     """Scale: the adapter's output is multiplied by alpha / rank."""
     target_modules: Literal["auto"] | tuple[str, ...]
     """Names of the linear layers; "auto" takes all except the output head."""
+    last_layers: int | None
+    """Only so many layers at the top get one; fewer are faster and learn less.  None: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

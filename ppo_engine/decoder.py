@@ -49,6 +49,11 @@ class LinearGroup:
         ends = torch.tensor([base.weight.shape[0] for base in bases]).cumsum(0).tolist()
         self.slices = [slice(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any of the layers carries one."""
+        return any(isinstance(module, LoraLinear) for module in self._modules)
+
     def adapters(self, name: str | None) -> list[tuple[slice, Adapter]]:
         """Those of this name, with the output columns that each adds to."""
         return [
@@ -148,6 +153,11 @@ class DecoderLayer:
         """In the order in which a forward pass meets them."""
         return self.qkv, self.output, self.gate_up, self.down
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any adapter touches the layer."""
+        return any(group.has_adapters for group in self.groups)
+
 
 class Decoder:
     """Embedding, layers and last norm of one model, with any of its adapters on, or none."""
@@ -175,6 +185,11 @@ class Decoder:
             )
             for layer in backbone.layers
         ]
+        self.lowest_adapted = next(
+            (number for number, layer in enumerate(self.layers) if layer.has_adapters),
+            len(self.layers),
+        )
+        """Number of the lowest layer that any adapter touches."""
         self._embedding: Tensor = backbone.embed_tokens.weight.detach()
         self._rotary = backbone.rotary_emb
 
@@ -222,12 +237,14 @@ class Decoder:
         packed: Packed,
         *,
         adapter: str | None,
+        boundary: Tensor | None = None,
         collected: list[Tensor] | None = None,
     ) -> Tensor:
         """Last hidden states that are read, [num_kept, H]; tokens are the batch, [B, S].
 
-        Differentiable in the adapter's weights where they may be trained.  `collected` takes every
-        layer's queries, keys and values, [N, (heads + 2·kv)·d].
+        Differentiable in the adapter's weights where they may be trained.  `boundary` [B, S, H]
+        saves the layers that no adapter touches: see `boundary`.  `collected` takes every layer's
+        queries, keys and values, [N, (heads + 2·kv)·d].
         """
         parameters = [
             weight
@@ -237,7 +254,30 @@ class Decoder:
             for weight in (each.a, each.b)
         ]
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        work = _Work(
+        work = self._work(packed, adapter, collected)
+        kept: list[_Kept] | None = [] if is_trained else None
+        if boundary is None:
+            first, hidden = 0, self.embedded(tokens.flatten()[packed.sources])
+        else:
+            first, hidden = self.lowest_adapted, boundary.flatten(0, 1)[packed.sources]
+        states: Tensor = _Stack.apply(work, kept, first, hidden, *parameters)  # type: ignore[no-untyped-call]
+        return states[: packed.num_kept]
+
+    @torch.no_grad()
+    def boundary(self, tokens: Tensor, packed: Packed) -> Tensor:
+        """What the lowest adapted layer reads, [B, S, H]; zeros where nothing was computed.
+
+        It is the same with every adapter and before and after every pass, so once per rollout is
+        enough.
+        """
+        work = self._work(packed, None, None)
+        hidden = self.embedded(tokens.flatten()[packed.sources])
+        for number in range(self.lowest_adapted):
+            hidden = _forward_layer(work, number, hidden, None, is_last=False)
+        return packed.unpacked(hidden, tokens.shape)
+
+    def _work(self, packed: Packed, adapter: str | None, collected: list[Tensor] | None) -> "_Work":
+        return _Work(
             decoder=self,
             packed=packed,
             rotation=self.rotation(packed.positions),
@@ -245,10 +285,6 @@ class Decoder:
             adapters=self.group_adapters(adapter),
             collected=collected,
         )
-        flat = tokens.flatten()[packed.sources]
-        kept: list[_Kept] | None = [] if is_trained else None
-        states: Tensor = _Stack.apply(work, kept, self.embedded(flat), *parameters)  # type: ignore[no-untyped-call]
-        return states[: packed.num_kept]
 
 
 class Rotation(NamedTuple):
@@ -299,12 +335,17 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: _Work, kept: list[_Kept] | None, hidden: Tensor, *_parameters: Tensor
+        ctx: Any,
+        work: _Work,
+        kept: list[_Kept] | None,
+        first: int,
+        hidden: Tensor,
+        *_parameters: Tensor,
     ) -> Tensor:
         last = len(work.decoder.layers) - 1
-        for number in range(last + 1):
+        for number in range(first, last + 1):
             hidden = _forward_layer(work, number, hidden, kept, is_last=number == last)
-        ctx.work, ctx.kept, ctx.hidden = work, kept, hidden
+        ctx.work, ctx.kept, ctx.first, ctx.hidden = work, kept, first, hidden
         return rms_norm(hidden, work.decoder.norm, work.decoder.epsilon)
 
     @staticmethod
@@ -313,25 +354,18 @@ class _Stack(torch.autograd.Function):
         decoder = work.decoder
         of_hidden = _norm_backward(gradients[0], ctx.hidden, decoder.norm, decoder.epsilon)
         of_parameters: list[list[Tensor]] = []
-        lowest = _lowest_adapted(work.adapters)
-        for number in reversed(range(lowest, len(decoder.layers))):
+        # Below the lowest adapter nothing needs a gradient.
+        for number in reversed(range(decoder.lowest_adapted, len(decoder.layers))):
             of_hidden, found = _backward_layer(
                 work,
                 number,
-                ctx.kept[number],
+                ctx.kept[number - ctx.first],
                 of_hidden,
                 is_last=number == len(decoder.layers) - 1,
             )
             of_parameters.append(found)
         flat = [each.float() for found in reversed(of_parameters) for each in found]
-        return (None, None, None, *flat)
-
-
-def _lowest_adapted(adapters: list[list[GroupAdapters]]) -> int:
-    """The lowest layer with an adapter; below it nothing needs a gradient."""
-    return next(
-        number for number, groups in enumerate(adapters) if any(g.down is not None for g in groups)
-    )
+        return (None, None, None, None, *flat)
 
 
 def _forward_layer(
@@ -418,14 +452,14 @@ def _norm_backward(of_normed: Tensor, hidden: Tensor, weight: Tensor, epsilon: f
     inverse = _inverse_rms(wide, epsilon)
     weighted: Tensor = of_normed.float() * weight
     share: Tensor = torch.linalg.vecdot(weighted, wide)[:, None].div_(wide.shape[-1])
-    weighted.addcmul_(wide, share * inverse.square(), value=-1)
+    weighted -= wide * (share * inverse.square())
     return weighted.mul_(inverse).to(hidden.dtype)
 
 
 def _turned_heads(qkv: Tensor, decoder: Decoder) -> Tensor:
     """Queries and keys, [N, heads, d], which rotary embeddings turn; a view."""
     turned = decoder.heads + decoder.kv_heads
-    return qkv[:, : turned * decoder.head_size].unflatten(1, (turned, decoder.head_size))
+    return qkv[:, : turned * decoder.head_size].view(len(qkv), turned, decoder.head_size)
 
 
 class _Heads(NamedTuple):

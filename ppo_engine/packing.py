@@ -40,6 +40,8 @@ class Packed:
 
     sources: Tensor
     """[N] int64; where each token stands in the flattened [B, S] batch."""
+    is_real: Tensor
+    """[N] bool; False = filler, a copy of some token that nobody reads."""
     positions: Tensor
     """[N] int64; place of each token in its row, from 0."""
     prefix: int
@@ -50,6 +52,16 @@ class Packed:
     """[n] int64; places whose states are read, row by row, column by column; then filler."""
     num_kept: int
     """How many of these are no filler."""
+    beginnings: Tensor
+    """[R] int64; where each row's first token stands in the flattened batch."""
+
+    def unpacked(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Values [N, H] at their tokens' places in the batch, [B, S, H]; zeros elsewhere."""
+        result: Tensor = values.new_zeros(shape.numel(), values.shape[1])
+        result[self.sources[self.is_real]] = values[self.is_real]
+        places = self.beginnings[:, None] + torch.arange(self.prefix, device=values.device)
+        result[places] = values[: self.prefix]
+        return result.view(*shape, -1)
 
 
 def common_prefix(tokens: Tensor, attention_mask: Tensor, read: Tensor) -> int:
@@ -92,6 +104,7 @@ def pack(attention_mask: Tensor, read: Tensor, *, prefix: int, pad_to: int = 0) 
     # Counted with the beginning, so that a row's attention has the same width wherever it ends.
     widths = {row: filled_length(lengths[row]) - prefix for row in used}
     sources = [used[0] * columns + first[used[0]] + place for place in range(prefix)]
+    is_real = [True] * prefix
     positions = list(range(prefix))
     rectangles: list[Rectangle] = []
     starts = {}
@@ -104,11 +117,14 @@ def pack(attention_mask: Tensor, read: Tensor, *, prefix: int, pad_to: int = 0) 
             rectangles.append(Rectangle(len(sources), 1, width))
         begin = row * columns + first[row]
         own = range(begin + prefix, begin + lengths[row])
-        sources += [*own, *[own[-1]] * (width - len(own))]
+        filler = width - len(own)
+        sources += [*own, *[own[-1]] * filler]
+        is_real += [True] * len(own) + [False] * filler
         positions += range(prefix, prefix + width)
     if (missing := max(pad_to, FEWEST_TOKENS) - len(sources)) > 0:
         rectangles.append(Rectangle(len(sources), missing, 1))
         sources += [sources[-1]] * missing
+        is_real += [False] * missing
         positions += [prefix] * missing
     kept = [starts[row] + place for row in used for place in reads[row]]
     num_kept = len(kept)
@@ -116,9 +132,11 @@ def pack(attention_mask: Tensor, read: Tensor, *, prefix: int, pad_to: int = 0) 
     device = attention_mask.device
     return Packed(
         sources=torch.tensor(sources, device=device),
+        is_real=torch.tensor(is_real, device=device),
         positions=torch.tensor(positions, device=device),
         prefix=prefix,
         rectangles=tuple(rectangles),
         kept=torch.tensor(kept, device=device),
         num_kept=num_kept,
+        beginnings=torch.tensor([row * columns + first[row] for row in used], device=device),
     )

@@ -1,8 +1,8 @@
 """The model in training: one frozen base that serves policy, reference and critic.
 
-The policy is the base with a LoRA adapter, the reference the same base with the adapter off.  The
-critic is a scalar head on the policy's last hidden state, computed in the same forward pass, or on
-that of the base with an adapter of its own.
+The policy is the base with a LoRA adapter, the reference the same base with the adapter off, or
+with the adapter that training started from.  The critic is a scalar head on the policy's last
+hidden state, computed in the same forward pass, or on that of the base with an adapter of its own.
 """
 
 import resource
@@ -32,8 +32,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BLOCK_ENTRIES = {"cuda": 16_384}
 _CPU_BLOCK_ENTRIES = 2048
 """Vocabulary entries whose scores are held at once; on a CPU they are to stay in its caches."""
-_POLICY, _CRITIC = "default", "critic"
-"""Names of the two adapters."""
+_POLICY, _CRITIC, _REFERENCE = "default", "critic", "kl_reference"
+"""Names of the adapters."""
 
 
 class Evaluation(NamedTuple):
@@ -57,6 +57,8 @@ class Estimates(NamedTuple):
     """KL(π‖π_ref) over the whole vocabulary."""
     last_values: Tensor
     """[B]; value of the state after the last response token."""
+    boundary: Tensor
+    """[B, P+T, H]; what the lowest adapted layer reads; H = 0 where it is the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +209,15 @@ class Policy(CausalPolicy):
         critic: Critic | None = Critic.SHARED_HEAD,
     ) -> None:
         self._critic = critic
-        settings = _peft_config(lora)
+        self._reference: str | None = None
+        """The frozen reference's adapter; None is the bare base."""
+        settings = _peft_config(lora, base.model)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 self.model: PeftModel = get_peft_model(base.model, settings)
                 if critic is Critic.ADAPTER:
-                    self.model.add_adapter(_CRITIC, _peft_config(lora))
+                    self.model.add_adapter(_CRITIC, _peft_config(lora, base.model))
         except ValueError as error:
             raise InvalidConfig(
                 f"the adapter does not fit the model: {error}", param="lora.target_modules"
@@ -256,6 +260,16 @@ class Policy(CausalPolicy):
             if "lora_" in name and f".{adapter}." in name
         }
 
+    def hold_to_present_adapter(self) -> None:
+        """From now on the frozen reference is the policy as it stands, not the bare base."""
+        self.model.add_adapter(_REFERENCE, self.model.peft_config[_POLICY])
+        self._reference = _REFERENCE
+        present = self._lora_parameters(_POLICY)
+        with torch.no_grad():
+            for name, parameter in self._lora_parameters(_REFERENCE).items():
+                parameter.copy_(present[name.replace(f".{_REFERENCE}.", f".{_POLICY}.")])
+                parameter.requires_grad = False
+
     def start_value_head_at(self, value: float) -> None:
         """Let the critic answer `value` everywhere, until it has learned."""
         with torch.no_grad():
@@ -292,13 +306,16 @@ class Policy(CausalPolicy):
         response_mask: Tensor,
         *,
         pad_to: int = 0,
+        boundary: Tensor | None = None,
         entropy_gradient: bool = True,
     ) -> Evaluation:
         """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
 
-        `pad_to`: `MicroBatch`.  Without `entropy_gradient` the entropy is a number only.
+        `pad_to`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
+        `entropy_gradient` the entropy is a number only.
         """
         rows = self._rows(tokens, attention_mask, _read(response_mask, tokens), pad_to)
+        rows = rows._replace(boundary=boundary)
         states = self._states(rows, _POLICY)
         result = head_logprobs(
             states.float(),
@@ -331,11 +348,13 @@ class Policy(CausalPolicy):
             _last_states(response_mask, tokens) if with_last_values else torch.zeros_like(read)
         )
         rows = self._rows(tokens, attention_mask, read | is_last, pad_to)
+        if self._decoder is not None and rows.packed is not None and self._decoder.lowest_adapted:
+            rows = rows._replace(boundary=self._decoder.boundary(tokens, rows.packed))
         is_chosen = read[read | is_last]
         states = self._states(rows, _POLICY)
         found = head_comparison(
             states[is_chosen].float(),
-            self._states(rows, None)[is_chosen].float(),
+            self._states(rows, self._reference)[is_chosen].float(),
             _chosen(tokens, response_mask),
             self._head,
         )
@@ -347,6 +366,7 @@ class Policy(CausalPolicy):
             kl_reference_logprobs=_scattered(found.reference_logprobs, response_mask),
             kl_exact=_scattered(found.kl, response_mask),
             last_values=self._values(critic_states[~is_chosen], is_last.any(dim=1)),
+            boundary=states.new_zeros(*tokens.shape, 0) if rows.boundary is None else rows.boundary,
         )
 
     def _rows(self, tokens: Tensor, attention_mask: Tensor, read: Tensor, pad_to: int) -> "_Rows":
@@ -359,7 +379,9 @@ class Policy(CausalPolicy):
     def _states(self, rows: "_Rows", adapter: str | None) -> Tensor:
         """Last hidden states that are read, [n, H], row by row, with an adapter on or none."""
         if self._decoder is not None and rows.packed is not None:
-            return self._decoder.states(rows.tokens, rows.packed, adapter=adapter)
+            return self._decoder.states(
+                rows.tokens, rows.packed, adapter=adapter, boundary=rows.boundary
+            )
         with self._switched_to(adapter):
             hidden: Tensor = self._backbone(
                 input_ids=rows.tokens,
@@ -396,19 +418,46 @@ class _Rows(NamedTuple):
     """[B, S] bool."""
     packed: Packed | None
     """How our decoder lays them out; None where it is not used."""
+    boundary: Tensor | None = None
+    """What the lowest adapted layer reads, where it is known."""
 
 
-def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
+def _peft_config(lora: LoraConfig, model: Any) -> PeftLoraConfig:
+    modules: str | list[str] = list(lora.target_modules)
+    if lora.target_modules == "auto":
+        # PEFT takes its own word for all layers, and names for some.
+        modules = "all-linear" if lora.last_layers is None else _linear_names(model)
     return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=(
-            "all-linear" if lora.target_modules == "auto" else list(lora.target_modules)
-        ),
+        target_modules=modules,
+        layers_to_transform=_top_layers(lora.last_layers, model.config.num_hidden_layers),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Of all linear layers but the output head."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return sorted(found)
+
+
+def _top_layers(count: int | None, depth: int) -> list[int] | None:
+    if count is None:
+        return None
+    if count > depth:
+        raise InvalidConfig(
+            f"the model has {depth} layers, so the last {count} cannot be adapted",
+            param="lora.layers",
+        )
+    return list(range(depth - count, depth))
 
 
 def _restore_trainable(trained: dict[nn.Parameter, bool]) -> None:

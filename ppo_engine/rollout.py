@@ -94,6 +94,8 @@ class Rollout:
     """Standard deviation of the advantages before standardizing."""
     limited_score_fraction: float
     """Share of scores that scaling had to bound."""
+    boundary: Tensor
+    """[B, P+T, H]; what the lowest adapted layer reads; H = 0 where nothing is saved by it."""
     adapter_version: int
     """State of the adapter that the tensors above were computed with."""
 
@@ -118,6 +120,10 @@ class Rollout:
             "importance_weights",
         ):
             _check_zero_outside(getattr(self, name), mask, name)
+
+    def boundary_of(self, rows: Tensor) -> Tensor | None:
+        """What the lowest adapted layer reads of the numbered rows; None where it is the first."""
+        return self.boundary[rows] if self.boundary.shape[-1] else None
 
     def targets(self, rows: Tensor, mask: Tensor) -> Targets:
         """Of the numbered rows, under a mask that may leave some tokens out."""

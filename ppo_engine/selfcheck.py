@@ -101,6 +101,7 @@ def _drift_without_learning(
                     rollout.samples.attention_mask[batch.rows],
                     mask,
                     pad_to=batch.pad_to,
+                    boundary=rollout.boundary_of(batch.rows),
                 )
             d = current.logprobs.detach() - rollout.old_logprobs[batch.rows]
             found.append(d[mask].double().cpu())
@@ -129,7 +130,10 @@ def _tensors_without_gradient(
                 parameter.add_(noise.to(parameter))
                 parameter.requires_grad = True
         current = policy.evaluate(
-            rollout.samples.tokens[batch.rows], rollout.samples.attention_mask[batch.rows], mask
+            rollout.samples.tokens[batch.rows],
+            rollout.samples.attention_mask[batch.rows],
+            mask,
+            boundary=rollout.boundary_of(batch.rows),
         )
         unreached = {
             *_unreached(current.logprobs.sum(), policy.adapter_parameters()),

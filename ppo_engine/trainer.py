@@ -193,6 +193,7 @@ class Trainer:
             returns=raw.returns,
             importance_weights=weights,
             loss_mask=loss_mask,
+            boundary=old.boundary,
             raw_advantage_std=raw.advantages[mask].std(correction=0).item(),
             limited_score_fraction=limited,
             adapter_version=self.policy.adapter_version,

@@ -239,6 +239,7 @@ class Updater:
             rollout.samples.attention_mask[batch.rows],
             mask,
             pad_to=batch.pad_to,
+            boundary=rollout.boundary_of(batch.rows),
             entropy_gradient=self._config.entropy_coef != 0,
         )
         targets = rollout.targets(batch.rows, mask)

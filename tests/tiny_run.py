@@ -62,7 +62,7 @@ TINY_CONFIG = TrainConfig(
     max_prompt_tokens=64,
     max_response_tokens=8,
     temperature=1.0,
-    lora=LoraConfig(rank=4, alpha=8.0, target_modules="auto"),
+    lora=LoraConfig(rank=4, alpha=8.0, target_modules="auto", last_layers=None),
     precision="fp32",
     checkpoint_interval=2,
     eval_interval=2,

@@ -39,9 +39,17 @@ def engine_config(resolved: Resolved) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     defaults = final_values(PpoHyperparameters())
     chosen = defaults | resolved.hyperparameters | {"total_steps": resolved.total_steps}
+    chosen["lora"] = _engine_lora(chosen["lora"])
     return TrainConfig.from_dict(
         {name: chosen[RENAMED.get(name, name)] for name in names}
     ).to_dict()
+
+
+def _engine_lora(lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's settings; jobs that were resolved before `layers` existed adapt all."""
+    others = {name: value for name, value in lora.items() if name != "layers"}
+    layers = lora.get("layers", "all")
+    return others | {"last_layers": None if layers == "all" else layers["last"]}
 
 
 def run_file(resolved: Resolved, inputs: RunInputs) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def spec_param(param: str) -> str:
     if param == "reward" or param.startswith("reward."):
         return f"method.ppo.{param}"
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if param not in names:
+    name, *rest = param.split(".")
+    if name not in names:
         return param
-    return f"method.ppo.hyperparameters.{RENAMED.get(param, param)}"
+    return ".".join(["method.ppo.hyperparameters", RENAMED.get(name, name), *rest])

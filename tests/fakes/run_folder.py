@@ -56,7 +56,7 @@ TRAIN_CONFIG: dict[str, Any] = {
     "max_prompt_tokens": 64,
     "max_response_tokens": 6,
     "temperature": 1.0,
-    "lora": {"rank": 2, "alpha": 4.0, "target_modules": "auto"},
+    "lora": {"rank": 2, "alpha": 4.0, "target_modules": "auto", "last_layers": None},
     "precision": "fp32",
     "checkpoint_interval": 2,
     "eval_interval": 5,

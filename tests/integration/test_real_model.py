@@ -20,7 +20,7 @@ CONFIG = tiny_config(
     total_steps=2,
     max_response_tokens=8,
     learning_rate=3e-4,
-    lora=LoraConfig(rank=16, alpha=32.0, target_modules="auto"),
+    lora=LoraConfig(rank=16, alpha=32.0, target_modules="auto", last_layers=None),
 )
 QUESTIONS = ["What do you think of rain?", "Describe a quiet morning by the sea.", "Hi", "Why?"]
 

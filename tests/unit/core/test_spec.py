@@ -94,7 +94,7 @@ DEFAULTS: dict[str, Any] = {
     "max_prompt_tokens": 512,
     "max_response_tokens": 128,
     "temperature": 1,
-    "lora": {"rank": 16, "alpha": 32, "target_modules": "auto"},
+    "lora": {"rank": 16, "alpha": 32, "target_modules": "auto", "layers": "all"},
     "precision": "fp32",
     "seed": 5,
     "checkpoint_interval": 10,
@@ -251,19 +251,37 @@ def test_null_is_absent_elsewhere(name: str) -> None:
 
 
 def test_lora_has_bounds_of_its_own() -> None:
-    for good in ({"rank": 1}, {"rank": 256}, {"alpha": 1024}, {"target_modules": ["q_proj"]}):
+    for good in (
+        {"rank": 1},
+        {"rank": 256},
+        {"alpha": 1024},
+        {"target_modules": ["q_proj"]},
+        {"layers": "all"},
+        {"layers": {"last": 1}},
+    ):
         parse_spec(spec_dict(lora=good))
     for bad, code in (
         ({"rank": 0}, "integer_below_min_value"),
         ({"rank": 257}, "integer_above_max_value"),
         ({"alpha": 0}, "integer_below_min_value"),
         ({"alpha": 1024.5}, "decimal_above_max_value"),
-        ({"layers": None}, "unknown_parameter"),
+        ({"depth": None}, "unknown_parameter"),
     ):
         fault = faults_of(spec_dict(lora=bad))[0]
         assert (fault.pointer, fault.code) == (f"{PPO}/lora/{next(iter(bad))}", code)
     for modules in ("all", [], [1], 3):
         assert faults_of(spec_dict(lora={"target_modules": modules}))
+    for layers, place, code in (
+        ("top", "", "invalid_value"),
+        (4, "", "invalid_type"),
+        ({"last": 0}, "/last", "integer_below_min_value"),
+        ({"last": 1025}, "/last", "integer_above_max_value"),
+        ({"last": "2"}, "/last", "invalid_type"),
+        ({}, "/last", "missing_required_parameter"),
+        ({"last": 2, "first": 2}, "/first", "unknown_parameter"),
+    ):
+        (fault,) = faults_of(spec_dict(lora={"layers": layers}))
+        assert (fault.pointer, fault.code) == (f"{PPO}/lora/layers{place}", code)
 
 
 # Length of the run.

@@ -47,7 +47,9 @@ def test_a_run_file_that_lacks_something_says_what(tmp_path):
 
 
 def test_an_adapter_on_the_output_head_is_refused(tiny_model):
-    config = tiny_config(lora=LoraConfig(rank=4, alpha=8.0, target_modules=("lm_head",)))
+    config = tiny_config(
+        lora=LoraConfig(rank=4, alpha=8.0, target_modules=("lm_head",), last_layers=None)
+    )
 
     with pytest.raises(InvalidConfig, match="output head") as caught:
         tiny_policy(tiny_model, config)

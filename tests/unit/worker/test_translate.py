@@ -114,6 +114,17 @@ def test_settings_keep_their_values_under_the_engines_names() -> None:
     assert config["total_steps"] == 2
 
 
+def test_the_adapted_layers_are_translated() -> None:
+    every = engine_config(resolved())
+    top = engine_config(resolved(lora={"layers": {"last": 3}}))
+    of_old_job = resolved()
+    del of_old_job.hyperparameters["lora"]["layers"]
+
+    assert every["lora"]["last_layers"] is None
+    assert top["lora"]["last_layers"] == 3
+    assert engine_config(of_old_job) == every
+
+
 def test_the_config_is_one_the_engine_takes() -> None:
     assert TrainConfig.from_dict(engine_config(resolved())).batch_size == 32
 
@@ -135,6 +146,7 @@ def test_the_run_file_says_all_of_the_run() -> None:
         ("clip_low", "method.ppo.hyperparameters.clip_range"),
         ("lam", "method.ppo.hyperparameters.lambda"),
         ("kl_coef", "method.ppo.hyperparameters.kl_coef"),
+        ("lora.layers", "method.ppo.hyperparameters.lora.layers"),
         ("reward.pattern", "method.ppo.reward.pattern"),
         ("training_file", "training_file"),
     ],
