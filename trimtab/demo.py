@@ -18,7 +18,7 @@ from rich.text import Text
 from trimtab import model_cache
 from trimtab.client import Client
 from trimtab.errors import Cancelled, Failed, TrimtabError
-from trimtab.home import Home, command
+from trimtab.home import DEMO_MODEL, SHIPPED, Home, command
 from trimtab.stack import SECRETS, Stack
 from trimtab.views import (
     Comparison,
@@ -31,9 +31,6 @@ from trimtab.views import (
     plain,
     progress_for,
 )
-
-SHIPPED = Path(__file__).parent / "demo_data"
-"""`job.json`, `prompts.jsonl` and `heldout.jsonl` of the demo."""
 
 SAMPLES_PER_PROMPT = 8
 _SHOWN_ANSWERS = 3
@@ -80,8 +77,8 @@ class Demo:
 
     def _model(self, name: str) -> Mapping[str, Any]:
         """The base model's entry in the cache; the demo's own model is fetched when it lacks."""
-        if name == model_cache.SOURCES[model_cache.DEMO_MODEL].model_id:
-            model_cache.fetch(model_cache.DEMO_MODEL, self.models, tell=self._tell)
+        if name == model_cache.SOURCES[DEMO_MODEL].model_id:
+            model_cache.fetch(DEMO_MODEL, self.models, tell=self._tell)
         return model_cache.find(name, self.models)
 
     def _train(

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+DEMO_MODEL = "smollm2-135m-instruct"
+"""The base model of the demo, by its alias."""
+
+SHIPPED = Path(__file__).parent / "demo_data"
+"""`job.json`, `prompts.jsonl` and `heldout.jsonl` of the demo."""
+
 
 @dataclass(frozen=True, slots=True)
 class Home:

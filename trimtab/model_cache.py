@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import Failed, WrongUsage
-
-DEMO_MODEL = "smollm2-135m-instruct"
+from trimtab.home import DEMO_MODEL
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -123,6 +122,11 @@ def find(name: str, models: Path) -> dict[str, Any]:
         if name == entry["id"] or name in entry["aliases"]:
             return entry
     raise WrongUsage(f"no model {name} here; `trimtab models list` shows what there is")
+
+
+def weights_sha256(folder: Path) -> str:
+    """Digest of the weights that lie in a model's folder now; its card says what it should be."""
+    return _weights_sha256(_weights(folder))
 
 
 @contextmanager

@@ -4,16 +4,15 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from trimtab.client import Client
 from trimtab.errors import Cancelled, Failed, WrongUsage
 from trimtab.home import Home
-from trimtab.views import History, Point, job_lines, jobs_table, progress_for
+
+if TYPE_CHECKING:
+    from trimtab.client import Client
 
 BaseUrl = Annotated[
     str | None,
@@ -78,6 +77,10 @@ def show_all(
     if as_json:
         _print_json(found)
     else:
+        from rich.console import Console
+
+        from trimtab.views import jobs_table
+
         Console().print(jobs_table(found))
 
 
@@ -94,6 +97,8 @@ def show(
     if as_json:
         _print_json([found])
     else:
+        from trimtab.views import job_lines
+
         _print_lines(job_lines(found))
 
 
@@ -146,8 +151,12 @@ def download(
     typer.echo(folder)
 
 
-def _watch(client: Client, job: Mapping[str, Any]) -> None:
+def _watch(client: "Client", job: Mapping[str, Any]) -> None:
     """Show the job until it ends, on stderr; a job that failed is an error."""
+    from rich.console import Console
+
+    from trimtab.views import History, Point, job_lines, progress_for
+
     history = History(job["progress"]["total_steps"])
     with progress_for(Console(stderr=True)) as progress:
         for item in client.stream(job["id"]):
@@ -163,7 +172,7 @@ def _watch(client: Client, job: Mapping[str, Any]) -> None:
         raise Failed("\n".join(job_lines(ended)))
 
 
-def _client(base_url: str | None, api_key_file: Path | None) -> Client:
+def _client(base_url: str | None, api_key_file: Path | None) -> "Client":
     """A client for the server that flags, environment or the local stack name."""
     home = Home.from_environment()
     url = base_url or os.environ.get("TRIMTAB_BASE_URL") or _first_line(home.address_file)
@@ -174,6 +183,8 @@ def _client(base_url: str | None, api_key_file: Path | None) -> Client:
     )
     if key is None:
         raise WrongUsage("no API key: set TRIMTAB_API_KEY, or give --api-key-file")
+    from trimtab.client import Client
+
     return Client(url or "http://127.0.0.1:8000", key)
 
 
@@ -200,5 +211,8 @@ def _print_json(found: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
     for line in lines:
         Console().print(Text(line), soft_wrap=True)

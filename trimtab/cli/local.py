@@ -1,17 +1,18 @@
 """`trimtab demo` and `trimtab up`: the whole service on this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from trimtab.demo import SHIPPED, Demo
 from trimtab.errors import WrongUsage
-from trimtab.home import Home, command, models_folder
-from trimtab.model_cache import DEMO_MODEL, Tell, entries
-from trimtab.stack import Stack, ending_signals
+from trimtab.home import DEMO_MODEL, SHIPPED, Home, command, models_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trimtab.model_cache import Tell
+    from trimtab.stack import Stack
 
 INTERRUPTED = 130
 
@@ -44,6 +45,11 @@ def demo(
     for name in ("job.json", "prompts.jsonl", "heldout.jsonl"):
         if not (data / name).is_file():
             raise WrongUsage(f"{data} holds no {name}")
+    from rich.console import Console
+
+    from trimtab.demo import Demo
+    from trimtab.stack import ending_signals
+
     home, models = Home.from_environment(), models_folder()
     console = Console()
     run = Demo(home=home, models=models, out=out, data=data, steps=steps, console=console)
@@ -67,6 +73,11 @@ def up(
     Postgres and Valkey come along unless DATABASE_URL and REDIS_URL name others.  The first
     Ctrl-C lets running trainers save their state; a second one does not wait.
     """
+    from rich.console import Console
+    from rich.text import Text
+
+    from trimtab.stack import Stack, ending_signals
+
     errors = Console(stderr=True)
     home = Home.from_environment()
     stack = Stack(home, port=port, num_workers=workers, tell=_teller(errors))
@@ -80,12 +91,16 @@ def up(
             errors.print(Text("stopped"))
 
 
-def _teller(console: Console) -> Tell:
+def _teller(console: "Console") -> "Tell":
+    from rich.text import Text
+
     return lambda sentence: console.print(Text(f"> {sentence}", style="dim"), soft_wrap=True)
 
 
-def _welcome(stack: Stack, home: Home) -> list[str]:
+def _welcome(stack: "Stack", home: Home) -> list[str]:
     """URL, key file and the next command."""
+    from trimtab.model_cache import entries
+
     fetch = f"  {command('models fetch ' + DEMO_MODEL)}   (no model is here yet)"
     return [
         f"Trimtab is up at {stack.url}",

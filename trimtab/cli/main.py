@@ -3,10 +3,8 @@
 import sys
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from trimtab.cli import jobs, local, models, processes
+from trimtab.cli import doctor, jobs, local, models, processes
 from trimtab.errors import TrimtabError
 
 app = typer.Typer(
@@ -18,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 local.register(app)
+doctor.register(app)
 jobs.register(app)
 processes.register(app)
 app.add_typer(models.app, name="models")
@@ -28,6 +27,9 @@ def main() -> None:
     try:
         app()
     except TrimtabError as error:
+        from rich.console import Console
+        from rich.text import Text
+
         Console(stderr=True).print(Text(f"trimtab: {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import typer
 
-from trimtab.embedded import EmbeddedServers
 from trimtab.home import Home
 
 _COMMANDS = {
@@ -47,6 +46,8 @@ def _local_database(module: str) -> dict[str, str]:
     """Where the running local stack keeps its keys; nothing for other processes, or without it."""
     if module != "api.keys" or any(name in os.environ for name in _DATABASE):
         return {}
+    from trimtab.embedded import EmbeddedServers
+
     servers = EmbeddedServers(Home.from_environment().path)
     if not servers.home.secrets_file.exists() or not servers.is_guarded():
         return {}

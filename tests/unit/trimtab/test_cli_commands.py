@@ -17,6 +17,7 @@ from trimtab.stack import HOST
 COMMANDS = {
     "demo": "adapter",
     "up": "Ctrl-C",
+    "doctor": "what to do",
     "submit": "Post a job",
     "list": "newest jobs",
     "show": "one job",
