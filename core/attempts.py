@@ -33,6 +33,7 @@ from core.adapter_tar import StoredAdapter
 from core.db import now
 from core.errors import AttemptLost
 from core.events import EventCode, FeedItem, Level, NewEvent, Report
+from core.hyperparameters import MEASURED
 from core.jobs import notify
 from core.rows import Checkpoint, Job, checkpoint_of, job_of
 from core.states import FINAL, HELD, JobStatus, Phase, StopWanted
@@ -206,7 +207,23 @@ def heartbeat(
     """
     report = _unseen(tx, holder, report)
     job = _extend(tx, holder, report, ttl=ttl, phase=phase, step=step, usage=usage)
+    _keep_measured(tx, holder, report)
     return _beat(tx, job, _write_report(tx, job, report))
+
+
+def _keep_measured(tx: Connection, holder: Holder, report: Report) -> None:
+    """What the trainer found out about its machine becomes the job's own, for later attempts."""
+    for item in report.items:
+        if isinstance(item, NewEvent) and item.code is EventCode.SETTINGS_MEASURED:
+            query = select(_job.resolved).where(_job.id == holder.job_id)
+            resolved = tx.execute(query).scalar_one()
+            record_resolved(tx, holder, with_measured(resolved, item.data))
+
+
+def with_measured(resolved: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what was left to the machine."""
+    measured = {name: found[name] for name in MEASURED if name in found}
+    return {**resolved, "hyperparameters": {**resolved["hyperparameters"], **measured}}
 
 
 def checkpoint(

@@ -24,6 +24,7 @@ class EventCode(StrEnum):
     CHECKPOINT_CORRUPT = "checkpoint.corrupt"
     GUARD_FIRED = "guard.fired"
     DIAGNOSIS_CHANGED = "diagnosis.changed"
+    SETTINGS_MEASURED = "settings.measured"
     SELF_CHECK_PASSED = "self_check.passed"
     SELF_CHECK_FAILED = "self_check.failed"
     REWARD_ERRORS = "reward.errors"

@@ -5,7 +5,7 @@ Bounds and defaults of every hyperparameter live here and nowhere else.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -16,9 +16,10 @@ SEED_BITS = 31
 POINTER = "/method/ppo/hyperparameters"
 """Where the settings stand in a job request."""
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """Every setting takes this word for its default."""
-_MICRO_BATCH = 8
+MEASURED = ("precision", "micro_batch_size")
+"""Settings whose default is found on the worker, by the job's first attempt, for all of them."""
 
 LossAggregationName = Literal[
     "token_mean",
@@ -140,14 +141,18 @@ class Guards(Model):
     """Your own, in force under every preset."""
 
 
-def _kind_of_lambda(value: Any) -> str:
+def _kind_of_number(value: Any) -> str:
     return "word" if isinstance(value, str) else "number"
 
 
 Lambda = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")]
     | Annotated[Literal["length_adaptive"], Tag("word")],
-    Discriminator(_kind_of_lambda),
+    Discriminator(_kind_of_number),
+]
+MicroBatchSize = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_kind_of_number),
 ]
 
 
@@ -220,7 +225,7 @@ class PpoHyperparameters(Model):
     """Walks over the prompts in the whole run."""
     max_steps: int | None = Field(None, ge=1, le=1_000_000)
     """Steps of the whole run; with `n_epochs` the smaller wins."""
-    micro_batch_size: int = Field(_MICRO_BATCH, ge=1)
+    micro_batch_size: MicroBatchSize = AUTO
     """Responses per forward and backward; changes memory and speed, not the result."""
     loss_aggregation: LossAggregationName = "token_mean"
     """How much one token weighs."""
@@ -244,7 +249,7 @@ class PpoHyperparameters(Model):
     """Of sampling and of every log-probability."""
     lora: Lora = Field(default_factory=Lora)
     """The adapter."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = AUTO
     """Number format of the frozen base model."""
     seed: int | None = Field(None, ge=0, le=2**SEED_BITS - 1)
     """The job's seed may stand here too; if both are given they must be equal."""
@@ -299,9 +304,9 @@ def final_values(ppo: PpoHyperparameters) -> dict[str, Any]:
         values["kl_estimator"] = "k2"
     if ppo.clip_range_high is None:
         values["clip_range_high"] = ppo.clip_range
-    values["precision"] = "fp32" if ppo.precision == AUTO else ppo.precision
     rows = values["batch_size"] * values["group_size"]
-    values["micro_batch_size"] = min(ppo.micro_batch_size, rows // ppo.minibatches)
+    if isinstance(ppo.micro_batch_size, int):
+        values["micro_batch_size"] = min(ppo.micro_batch_size, rows // ppo.minibatches)
     return values
 
 

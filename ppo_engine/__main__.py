@@ -3,6 +3,7 @@
 Exit codes: `errors.py`.  Everything else it has to say goes into the run directory.
 """
 
+import dataclasses
 import errno
 import os
 import re
@@ -37,6 +38,7 @@ from ppo_engine.errors import (
 from ppo_engine.export import RunSummary, export_result, read_adapter
 from ppo_engine.graders.catalog import build_grader
 from ppo_engine.health import self_check_event
+from ppo_engine.machine import faster_precision, gemm_gflops, micro_batch_rows
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
 from ppo_engine.prompts import EncodedPrompt, load_prompts
 from ppo_engine.reports import EngineEvent, StepReport
@@ -141,8 +143,8 @@ def _train(run: RunFile) -> Ending:
     stop_signal = StopSignal()
     stop_signal.listen()
     directory = RunDirectory(run.folder)
-    config = TrainConfig.from_dict(run.content["config"])
-    trainer = _make_trainer(run, config)
+    trainer = _make_trainer(run, directory)
+    config = trainer.config
     if (saved := run.path(run.content["resume_from"])) is not None:
         _resume(trainer, saved, directory)
     reports: list[StepReport] = []
@@ -177,12 +179,29 @@ def _steps(trainer: Trainer, directory: RunDirectory) -> Iterator[StepReport]:
         raise
 
 
-def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
+def _make_trainer(run: RunFile, directory: RunDirectory) -> Trainer:
+    settings = dict(run.content["config"])
+    left_open = [name for name in _MEASURED if settings.get(name) == _AUTO]
     scorer = build_grader(run.content["reward"])
+    speeds: dict[str, float] = {}
+    if "precision" in left_open:
+        speeds = gemm_gflops(run.device)
+        settings["precision"] = faster_precision(speeds)
+    if "micro_batch_size" in left_open:
+        settings["micro_batch_size"] = 1  # until the model and the prompts are known
+    config = TrainConfig.from_dict(settings)
     base = _load_base(run, config.precision)
     train, validation = (
         _load_prompts(run, base, name, config.max_prompt_tokens) for name in ("train", "validation")
     )
+    if "micro_batch_size" in left_open:
+        longest = max(len(prompt.token_ids) for prompt in train) + config.max_response_tokens
+        rows = micro_batch_rows(
+            base.model, run.device, longest_row=longest, minibatch_size=config.minibatch_size
+        )
+        config = dataclasses.replace(config, micro_batch_size=rows)
+    if left_open:
+        directory.write_event(0, _measured_event(config, left_open, speeds))
     policy = Policy(
         base,
         config.lora,
@@ -196,7 +215,26 @@ def _make_trainer(run: RunFile, config: TrainConfig) -> Trainer:
     return Trainer(policy, scorer, train, config, seed=run.seed, validation=validation)
 
 
+_AUTO = "auto"
+_MEASURED = ("precision", "micro_batch_size")
+"""Settings that a run file may leave to the engine."""
 _FILES = {"train": "training_file", "validation": "validation_file"}
+
+
+def _measured_event(
+    config: TrainConfig, left_open: list[str], speeds: dict[str, float]
+) -> EngineEvent:
+    """Tells what was left to this machine, so that later attempts take the same."""
+    found = {name: getattr(config, name) for name in left_open}
+    words = ", ".join(f"{name} {value}" for name, value in found.items())
+    if speeds:
+        words += " ({fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16)".format(**speeds)
+    return EngineEvent(
+        level="info",
+        code="settings.measured",
+        message=f"chosen for this machine: {words}",
+        data=found | {f"gflops.{name}": round(value, 1) for name, value in speeds.items()},
+    )
 
 
 def _load_base(run: RunFile, precision: str) -> BaseModel:

@@ -18,8 +18,9 @@ from core import attempts, feed, files, models, starts
 from core.attempts import Claim, Ended, JobError
 from core.db import Database
 from core.errors import AttemptLost, ModelNotFound, NotFound, StoredFileCorrupt
-from core.events import NewClipPass, NewEvent, NewMetric, Report
+from core.events import EventCode, NewClipPass, NewEvent, NewMetric, Report
 from core.files import StoredFile
+from core.hyperparameters import AUTO
 from core.ids import public_checkpoint_id, public_job_id
 from core.models_catalog import ModelCatalog
 from core.rows import Checkpoint
@@ -99,6 +100,7 @@ class Supervisor:
         self._settings = parts.settings
         self._is_told_to_go = is_told_to_go
         self._job = claim.job
+        self._resolved = dict(claim.job.resolved)
         self._hold = Hold(
             claim, parts.database, parts.stream, parts.settings, is_told_to_go=is_told_to_go
         )
@@ -290,6 +292,9 @@ class Supervisor:
             told = metrics[-1].values
             self._tokens = {name: told.get(name) for name in ("prompt_tokens", "response_tokens")}
             self._hold.usage = self._usage()
+        for one in entries:
+            if isinstance(one, NewEvent) and one.code is EventCode.SETTINGS_MEASURED:
+                self._resolved = attempts.with_measured(self._resolved, one.data)
         report = Report(
             items=tuple(one for one in entries if isinstance(one, NewEvent | NewMetric)),
             passes=tuple(one for one in entries if isinstance(one, NewClipPass)),
@@ -436,7 +441,7 @@ class Supervisor:
 
     def _retry_smaller(self, end: TrainerEnd) -> Ended:
         """Once more with half the micro-batch, which later attempts keep; then the job fails."""
-        smaller = halved_micro_batch(self._job.resolved)
+        smaller = halved_micro_batch(self._resolved)
         if smaller is None:
             return self._fail(_error_of(end), exit_code=end.code)
 
@@ -456,9 +461,10 @@ def _outranks(wish: Stop, asked: Stop | None) -> bool:
 
 
 def halved_micro_batch(resolved: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings with half the micro-batch; None if it is 1, or was halved before."""
+    """The settings with half the micro-batch; None if it is 1, unknown, or was halved before."""
     settings = resolved["hyperparameters"]
-    if "full_micro_batch_size" in resolved or settings["micro_batch_size"] == 1:
+    # "auto" is still there if memory ran out before anything was measured.
+    if "full_micro_batch_size" in resolved or settings["micro_batch_size"] in (1, AUTO):
         return None
     half = settings["micro_batch_size"] // 2
     return {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.hyperparameters import PpoHyperparameters, final_values
+from core.hyperparameters import AUTO, MEASURED, PpoHyperparameters, final_values
 from core.spec import Resolved
 from ppo_engine.config import TrainConfig
 
@@ -13,6 +13,9 @@ PROTOCOL_VERSION = 1
 
 RENAMED = {"clip_low": "clip_range", "clip_high": "clip_range_high", "lam": "lambda"}
 """Engine settings that the API calls otherwise; `total_steps` is counted by `core.spec`."""
+
+_STAND_INS = {"precision": "fp32", "micro_batch_size": 1}
+"""For settings that the engine measures, while the others are checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +43,10 @@ def engine_config(resolved: Resolved) -> dict[str, Any]:
     defaults = final_values(PpoHyperparameters())
     chosen = defaults | resolved.hyperparameters | {"total_steps": resolved.total_steps}
     chosen["lora"] = _engine_lora(chosen["lora"])
-    return TrainConfig.from_dict(
-        {name: chosen[RENAMED.get(name, name)] for name in names}
-    ).to_dict()
+    settings = {name: chosen[RENAMED.get(name, name)] for name in names}
+    left_to_engine = {name: AUTO for name in MEASURED if settings[name] == AUTO}
+    stand_in = {name: _STAND_INS[name] for name in left_to_engine}
+    return TrainConfig.from_dict(settings | stand_in).to_dict() | left_to_engine
 
 
 def _engine_lora(lora: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import update
 
+from core import models
 from core.db import Database
 from core.ids import public_job_id
-from core.rows import Job
+from core.rows import Checkpoint, Job
 from core.states import JobStatus
 from tests.factories import Tenant, make_file, make_job
 from tests.fakes.bench import Bench, assert_no_holes, open_bench
@@ -30,6 +32,17 @@ SETTINGS = {
     "lora": {"rank": 2, "alpha": 4},
     "stored_samples": 2,
 }
+
+
+REWARD = {
+    "type": "length",
+    "input": "{{sample.output_text}}",
+    "unit": "chars",
+    "target": 30.0,
+    "tolerance": 60.0,
+}
+LEARNS = {"learning_rate": 1e-2, "reward_scaling": "none"}
+"""Scaled by so small a deviation, these rewards would all be cut to the same."""
 
 
 @pytest.fixture
@@ -57,18 +70,23 @@ def client(tmp_path: Path, api_url: str, redis_url: str, tenant: Tenant) -> Iter
 ENGINE = (sys.executable, "-m", "ppo_engine")
 
 
-def make_engine_job(bench: Bench, **over: Any) -> Job:
+def make_engine_job(bench: Bench, *, start: Checkpoint | None = None, **over: Any) -> Job:
     with bench.database.begin() as tx:
         file = make_file(tx, bench.tenant, store=bench.store)
         held_out = make_file(tx, bench.tenant, store=bench.store)
-        return make_job(
+        job = make_job(
             tx,
             bench.tenant,
-            hyperparameters=SETTINGS | over,
+            hyperparameters=SETTINGS | LEARNS | over,
             file=file,
             model=TINY_MODEL_ID,
             validation_file_id=held_out.id,
+            start=start,
         )
+        # A random model's answers have no sentiment to learn from.
+        resolved = {**job.resolved, "reward": REWARD}
+        tx.execute(update(models.job).where(models.job.c.id == job.id).values(resolved=resolved))
+    return bench.job(job.id)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -113,7 +131,74 @@ def test_a_job_that_was_paused_and_resumed_ends_as_one_that_was_not(
     ]
     assert adapters[0] == adapters[1]
     assert values_of(bench, paused) == values_of(bench, whole)
+    assert bench.curves(whole.id)[-1].values["kl_reference_per_sequence"] != 0  # it has learned
     assert "resume.not_identical" not in bench.codes(paused.id)
+
+
+def test_a_job_that_starts_from_a_checkpoint_is_held_to_it(bench: Bench) -> None:
+    source = make_engine_job(bench)
+    bench.run_job(source, trainer_command=ENGINE)
+    start = next(one for one in bench.checkpoints(source.id) if one.step == 2)
+    assert start.adapter is not None
+    # In its first step only the critic learns, so that the adapter must come out as it went in.
+    still = make_engine_job(bench, start=start, max_steps=1, critic_warmup_steps=1)
+    whole, paused = (make_engine_job(bench, start=start, checkpoint_interval=1) for _ in range(2))
+
+    done = [bench.run_job(job, trainer_command=ENGINE) for job in (still, whole)]
+    left = bench.run_job(
+        paused,
+        trainer_command=ENGINE,
+        is_told_to_go=lambda: bench.job(paused.id).step >= 1,
+        pause_seconds=60.0,
+    )
+    done.append(bench.run_job(paused, trainer_command=ENGINE))
+
+    assert left.status is JobStatus.QUEUED
+    assert [job.status for job in done] == [JobStatus.SUCCEEDED] * 3, done[0].error_message
+    weights = [
+        bench.artifacts(job.id)["adapter/adapter_model.safetensors"].sha256
+        for job in (still, whole, paused)
+    ]
+    assert weights[0] == start.adapter.files["adapter_model.safetensors"] != weights[1]
+    first, last = bench.curves(whole.id)[0], bench.curves(whole.id)[-1]
+    assert first.values["kl_reference_per_sequence"] == 0
+    assert last.values["kl_reference_per_sequence"] != 0
+    assert weights[1] == weights[2]
+    assert values_of(bench, paused) == values_of(bench, whole)
+
+
+def test_what_the_first_attempt_measured_is_kept_by_the_next(
+    bench: Bench, client: httpx2.Client
+) -> None:
+    job = make_engine_job(bench, max_steps=30, checkpoint_interval=100)
+    asked = job.resolved["hyperparameters"]
+    url = f"/v1/fine_tuning/jobs/{public_job_id(job.id)}"
+    pauses: list[httpx2.Response] = []
+
+    def pause_after_the_first_step() -> bool:
+        if not pauses and bench.job(job.id).step >= 1:
+            pauses.append(client.post(f"{url}/pause"))
+        return False
+
+    rests = bench.run_job(
+        job, trainer_command=ENGINE, is_told_to_go=pause_after_the_first_step, pause_seconds=60.0
+    )
+    settings = rests.resolved["hyperparameters"]
+    client.post(f"{url}/resume")
+    done = bench.run_job(job, trainer_command=ENGINE)
+
+    assert (asked["precision"], asked["micro_batch_size"]) == ("auto", "auto")
+    assert settings["precision"] in ("fp32", "bf16")
+    assert settings["micro_batch_size"] == 2  # the whole minibatch of so small a model
+    assert settings == asked | {
+        "precision": settings["precision"],
+        "micro_batch_size": settings["micro_batch_size"],
+    }
+    assert (rests.status, done.status) == (JobStatus.PAUSED, JobStatus.SUCCEEDED)
+    assert done.resolved == rests.resolved
+    assert client.get(url).json()["resolved"]["micro_batch_size"] == 2
+    assert bench.codes(job.id).count("settings.measured") == 1
+    assert "resume.not_identical" not in bench.codes(job.id)
 
 
 def values_of(bench: Bench, job: Job) -> list[dict[str, float | None]]:

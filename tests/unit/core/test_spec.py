@@ -83,7 +83,7 @@ DEFAULTS: dict[str, Any] = {
     "minibatches": 4,
     "n_epochs": 1,
     "max_steps": 3,
-    "micro_batch_size": 8,
+    "micro_batch_size": "auto",
     "loss_aggregation": "token_mean",
     "learning_rate": 3e-5,
     "value_learning_rate": 3e-4,
@@ -95,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
     "max_response_tokens": 128,
     "temperature": 1,
     "lora": {"rank": 16, "alpha": 32, "target_modules": "auto", "layers": "all"},
-    "precision": "fp32",
+    "precision": "auto",
     "seed": 5,
     "checkpoint_interval": 10,
     "eval_interval": 10,
@@ -310,7 +310,7 @@ def test_the_number_of_steps(given: dict[str, Any], prompts: int, steps: int) ->
 
 @pytest.mark.parametrize(("batch", "minibatches", "rows"), [(32, 4, 8), (16, 4, 4), (64, 2, 8)])
 def test_a_micro_batch_fits_the_pass(batch: int, minibatches: int, rows: int) -> None:
-    spec = parse_spec(spec_dict(batch_size=batch, minibatches=minibatches))
+    spec = parse_spec(spec_dict(batch_size=batch, minibatches=minibatches, micro_batch_size=8))
 
     assert resolve(spec, prompts=8).hyperparameters["micro_batch_size"] == rows
 
@@ -770,7 +770,10 @@ def test_settings_that_exclude_each_other_are_named(
 
 
 def test_passes_may_share_the_responses_of_groups() -> None:
-    values = resolve(parse_spec(spec_dict(batch_size=3, group_size=4, minibatches=6)), prompts=8)
+    values = resolve(
+        parse_spec(spec_dict(batch_size=3, group_size=4, minibatches=6, micro_batch_size=9)),
+        prompts=8,
+    )
 
     assert values.hyperparameters["micro_batch_size"] == 2
 

@@ -21,6 +21,10 @@ def test_a_micro_batch_of_one_cannot_be_halved() -> None:
     assert halved_micro_batch(settings(1)) is None
 
 
+def test_an_unknown_micro_batch_cannot_be_halved() -> None:
+    assert halved_micro_batch({"hyperparameters": {"micro_batch_size": "auto"}}) is None
+
+
 def test_the_worker_loads_no_torch() -> None:
     program = (
         "import sys, worker.tasks, worker.dispatcher;"

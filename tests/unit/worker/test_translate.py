@@ -126,7 +126,16 @@ def test_the_adapted_layers_are_translated() -> None:
 
 
 def test_the_config_is_one_the_engine_takes() -> None:
-    assert TrainConfig.from_dict(engine_config(resolved())).batch_size == 32
+    settings = engine_config(resolved(precision="fp32", micro_batch_size=4))
+
+    assert TrainConfig.from_dict(settings).batch_size == 32
+
+
+def test_what_the_engine_measures_is_left_to_it() -> None:
+    settings = engine_config(resolved())
+
+    assert (settings["precision"], settings["micro_batch_size"]) == ("auto", "auto")
+    assert engine_config(resolved(precision="bf16"))["precision"] == "bf16"
 
 
 def test_the_run_file_says_all_of_the_run() -> None:

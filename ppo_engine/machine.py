@@ -1,0 +1,99 @@
+"""What this machine is good at, measured: which number format is fast, how much fits at once."""
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SHAPE = (512, 576, 1536)
+"""A linear layer of a small model: tokens, inputs, outputs."""
+_REPETITIONS = 7
+_SECONDS = 0.4
+"""At most, for one format: where it is slow, a few products say so."""
+_WORTH_IT = 1.5
+"""bf16 rounds; it is taken where its products are faster by this factor."""
+_TOKENS = {"cuda": 16_384}
+_CPU_TOKENS = 1024
+"""Tokens of a micro-batch beyond which measured steps get no faster."""
+_SHARE_OF_MEMORY = 0.5
+"""Of what is free, for the activations of one micro-batch."""
+
+
+def gemm_gflops(device: str) -> dict[str, float]:
+    """Speed of a typical matrix product by number format, median of a few; GFLOP/s."""
+    return {
+        "fp32": _gflops(device, torch.float32),
+        "bf16": _gflops(device, torch.bfloat16),
+    }
+
+
+def faster_precision(gflops: dict[str, float]) -> str:
+    """`bf16` where its products are clearly faster than those of `fp32`."""
+    return "bf16" if gflops["bf16"] >= _WORTH_IT * gflops["fp32"] else "fp32"
+
+
+def _gflops(device: str, dtype: torch.dtype) -> float:
+    tokens, inputs, outputs = _SHAPE
+    left = torch.ones(tokens, inputs, dtype=dtype, device=device)
+    right = torch.ones(inputs, outputs, dtype=dtype, device=device)
+    seconds: list[float] = []
+    _timed(left, right)  # the first product of a kind sets kernels up
+    while len(seconds) < _REPETITIONS and sum(seconds) < _SECONDS:
+        seconds.append(_timed(left, right))
+    return 2 * tokens * inputs * outputs / statistics.median(seconds) / 1e9
+
+
+def _timed(left: Tensor, right: Tensor) -> float:
+    start = time.perf_counter()
+    product = left @ right
+    if product.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def micro_batch_rows(model: Any, device: str, *, longest_row: int, minibatch_size: int) -> int:
+    """Rows of `longest_row` tokens for one forward and backward pass.
+
+    As many as make the step faster, as the free memory holds, and as a minibatch has.
+    """
+    by_speed = _TOKENS.get(device, _CPU_TOKENS)
+    by_memory = int(_SHARE_OF_MEMORY * _free_bytes(device) / bytes_per_token(model))
+    return max(1, min(minibatch_size, min(by_speed, by_memory) // longest_row))
+
+
+def bytes_per_token(model: Any) -> int:
+    """Memory that one token holds between the forward and the backward pass, estimated."""
+    config = model.config
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = 2 * (heads + kv) * head_size
+    layer = 2 * config.hidden_size + attention + 2 * config.intermediate_size
+    size: int = config.num_hidden_layers * layer * model.dtype.itemsize
+    return size
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return min(_available_bytes(), _group_limit_bytes())
+
+
+def _available_bytes() -> int:
+    """What the system could give without swapping; half of all memory where it does not say."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _group_limit_bytes() -> int:
+    """The limit of the container, if there is one."""
+    path = Path("/sys/fs/cgroup/memory.max")
+    text = path.read_text().strip() if path.exists() else "max"
+    return 2**63 if text == "max" else int(text)

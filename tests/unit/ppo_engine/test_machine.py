@@ -1,0 +1,93 @@
+"""What is chosen for a machine, from what it is said to be."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ppo_engine import machine
+from ppo_engine.decoder import Decoder, _Stack
+from ppo_engine.packing import pack
+from ppo_engine.policy import BaseModel, Policy
+from tests.tiny_run import tiny_config
+
+
+def tiny_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "chosen"), [(100, 1, "fp32"), (100, 149, "fp32"), (100, 151, "bf16")]
+)
+def test_bf16_is_taken_where_it_is_clearly_faster(fp32, bf16, chosen):
+    assert machine.faster_precision({"fp32": fp32, "bf16": bf16}) == chosen
+
+
+def test_both_formats_are_measured():
+    found = machine.gemm_gflops("cpu")
+
+    assert set(found) == {"fp32", "bf16"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_the_memory_of_a_token_is_what_the_backward_pass_keeps(tiny_model):
+    base = BaseModel.load(tiny_model, precision="fp32", device="cpu")
+    estimated = machine.bytes_per_token(base.model)
+    config = tiny_config()
+    policy = Policy(base, config.lora, temperature=1.0, seed=0)
+    decoder = Decoder(policy.model.get_base_model())
+    attention_mask = torch.ones(4, 80, dtype=torch.bool)
+    packed = pack(attention_mask, attention_mask, prefix=0)
+    held = []
+    apply = _Stack.apply
+    try:
+        _Stack.apply = lambda work, kept, *rest: (held.append(kept), apply(work, kept, *rest))[1]
+        decoder.states(torch.zeros(4, 80).long(), packed, adapter="default")
+    finally:
+        _Stack.apply = apply
+
+    tensors = [
+        tensor
+        for layer in held[0]
+        for tensor in (layer.inputs, layer.qkv, layer.attended, layer.middle, layer.gate_up)
+    ]
+    assert len(tensors) == 2 * 5
+    assert sum(tensor.nbytes for tensor in tensors) == estimated * 320
+
+
+@pytest.mark.parametrize(
+    ("free", "longest", "minibatch", "rows"),
+    [
+        (10**12, 64, 8, 8),  # no more than a minibatch has
+        (10**12, 64, 100, 16),  # 1024 tokens are enough
+        (10**12, 5000, 8, 1),  # never less than one row
+        (2 * 64 * 5 * 1152 + 10, 64, 8, 5),  # five rows fit half of the free memory
+    ],
+)
+def test_a_micro_batch_is_bounded_by_speed_memory_and_the_minibatch(
+    monkeypatch, free, longest, minibatch, rows
+):
+    model = tiny_llama()
+    monkeypatch.setattr(machine, "_free_bytes", lambda _device: free)
+    # By hand: 3 layers × (2·8 + 2·(4 + 2)·2 + 2·16) values of 4 bytes, 864 bytes.
+    assert machine.bytes_per_token(model) == 864
+    monkeypatch.setattr(machine, "bytes_per_token", lambda _model: 1152)
+
+    found = machine.micro_batch_rows(model, "cpu", longest_row=longest, minibatch_size=minibatch)
+
+    assert found == rows
+
+
+def test_free_memory_respects_the_containers_limit(monkeypatch):
+    monkeypatch.setattr(machine, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "_group_limit_bytes", lambda: 300)
+
+    assert machine._free_bytes("cpu") == 300
