@@ -43,8 +43,10 @@ fix: $(INSTALLED) ## Format, and repair what is safe to repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED) $(MODEL) ## Time the training step
-	$(BIN)/python benchmarks/step.py --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
+bench: $(INSTALLED) $(MODEL) ## Time the training step, its growth and the service
+	$(BIN)/python -m benchmarks.step --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
+	$(BIN)/python -m benchmarks.scaling --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)"
+	$(BIN)/python benchmarks/service.py
 
 bench-trl: $(INSTALLED) $(MODEL) $(TRL)/.installed ## Time the training step beside that of TRL
 	$(BIN)/python -m benchmarks.trl_step --model "$$($(BIN)/trimtab models fetch smollm2-135m-instruct)" $(ARGUMENTS)

@@ -242,7 +242,7 @@ def steps_of(arguments: argparse.Namespace, prompts: list[list[int]], unused_tok
         minibatches=arguments.minibatches,
         dtype=arguments.dtype,
         trl_critic=arguments.critic,
-        warmup_steps=0 if arguments.learning else 1,
+        warmup_steps=0 if arguments.learning else arguments.warmup_steps,
         timed_steps=arguments.learning_steps if arguments.learning else arguments.steps,
         learning_rate=arguments.learning_rate,
         value_learning_rate=arguments.value_learning_rate,
@@ -259,7 +259,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1, help="timed, after one of warm-up")
+    parser.add_argument("--steps", type=int, default=1, help="timed")
+    parser.add_argument("--warmup-steps", type=int, default=1, help="before them, not timed")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--response-tokens", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=4)

@@ -314,7 +314,7 @@ class Policy(CausalPolicy):
         `pad_to`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
         `entropy_gradient` the entropy is a number only.
         """
-        rows = self._rows(tokens, attention_mask, _read(response_mask, tokens), pad_to)
+        rows = self._rows(tokens, attention_mask, read_states(response_mask, tokens), pad_to)
         rows = rows._replace(boundary=boundary)
         states = self._states(rows, _POLICY)
         result = head_logprobs(
@@ -343,7 +343,7 @@ class Policy(CausalPolicy):
 
         The last values are zeros unless they are asked for: they cost a token more per response.
         """
-        read = _read(response_mask, tokens)
+        read = read_states(response_mask, tokens)
         is_last = (
             _last_states(response_mask, tokens) if with_last_values else torch.zeros_like(read)
         )
@@ -465,7 +465,7 @@ def _restore_trainable(trained: dict[nn.Parameter, bool]) -> None:
         parameter.requires_grad_(is_trained)
 
 
-def _read(response_mask: Tensor, tokens: Tensor) -> Tensor:
+def read_states(response_mask: Tensor, tokens: Tensor) -> Tensor:
     """Where response tokens were chosen: one column before each; [B, P+T] bool."""
     read = torch.zeros_like(tokens, dtype=torch.bool)
     read[:, -response_mask.shape[1] - 1 : -1] = response_mask

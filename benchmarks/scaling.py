@@ -1,0 +1,168 @@
+"""Whether the cost of a step grows as it should: with its tokens, and with nothing else.
+
+    python -m benchmarks.scaling --model FOLDER [--layers 4] [--steps 200]
+
+- seconds per response token over response lengths and over rows: to stay level, but for attention's
+  own growth;
+- the share of filler among the tokens computed in the update when a third of the responses stop
+  early;
+- memory over many steps: to stay level.
+
+`--layers` takes only so many of the model's layers, which changes none of these ratios and makes
+them quick to measure.  Ratios hold within one run; medians of the steps after the first.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.step import HERE, ResponseLength
+from ppo_engine.config import TrainConfig
+from ppo_engine.layout import Layout
+from ppo_engine.packing import common_prefix, pack
+from ppo_engine.policy import BaseModel, Policy, read_states
+from ppo_engine.prompts import EncodedPrompt
+from ppo_engine.rows import Prompt
+from ppo_engine.sampling import Sampler
+from ppo_engine.trainer import Trainer
+
+PROMPT_TOKENS = 24
+RESPONSE_TOKENS = (16, 64, 256)
+ROWS = (8, 32, 128, 256)
+SMALL = 8
+"""Micro-batch, and rows and response tokens where they are not what varies."""
+
+
+def loaded(model: Path, *, layers: int) -> BaseModel:
+    """The model's lowest layers, which answer no stop token."""
+    base = BaseModel.load(model, precision="fp32", device="cpu")
+    backbone = base.model.base_model
+    backbone.layers = backbone.layers[:layers]
+    base.model.config.num_hidden_layers = layers
+    return dataclasses.replace(base, stop_ids=(len(base.tokenizer),))
+
+
+def trainer_of(base: BaseModel, *, rows: int, response_tokens: int, steps: int) -> Trainer:
+    """A run on random prompts without a common beginning."""
+    settings = json.loads((HERE / "step_config.json").read_text())
+    settings |= {
+        "batch_size": rows,
+        "minibatches": max(1, rows // SMALL),
+        "epochs": 1,
+        "micro_batch_size": SMALL,
+        "max_response_tokens": response_tokens,
+        "total_steps": steps,
+    }
+    config = TrainConfig.from_dict(settings)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1000, 40_000, (rows, PROMPT_TOKENS), generator=generator)
+    prompt = Prompt(messages=({"role": "user", "content": "-"},), item={})
+    prompts = [
+        EncodedPrompt(prompt=prompt, line=1, token_ids=tuple(each)) for each in words.tolist()
+    ]
+    policy = Policy(base, config.lora, temperature=1.0, seed=0)
+    return Trainer(policy, ResponseLength(), prompts, config, seed=0)
+
+
+def seconds_per_token(base: BaseModel, *, rows: int, response_tokens: int) -> dict[str, float]:
+    """Of sampling and of learning, median of two steps after the first."""
+    trainer = trainer_of(base, rows=rows, response_tokens=response_tokens, steps=3)
+    reports = list(trainer.steps())[1:]
+    computed = rows * (PROMPT_TOKENS + response_tokens)
+    return {
+        phase: statistics.median(r.values[f"seconds.{phase}"] or 0.0 for r in reports) / computed
+        for phase in ("sample", "learn")
+    }
+
+
+def filler_share(base: BaseModel) -> float:
+    """Filler among the tokens computed in an epoch when a third of the rows stop early."""
+    trainer = trainer_of(base, rows=48, response_tokens=48, steps=1)
+    sampler = Sampler(policy=trainer.policy, max_response_tokens=48)
+    samples = sampler.sample(trainer.prompts.next_batch(48), torch.Generator().manual_seed(0))
+    mask = samples.response_mask.clone()
+    attention = samples.attention_mask.clone()
+    lengths = torch.randint(4, 40, (16,), generator=torch.Generator().manual_seed(1)).tolist()
+    for row, length in enumerate(lengths):
+        mask[3 * row, length:] = False
+        attention[3 * row, samples.prompt_columns + length :] = False
+    samples = dataclasses.replace(
+        samples,
+        response_mask=mask,
+        attention_mask=attention,
+        behavior_logprobs=samples.behavior_logprobs * mask,
+    )
+    computed = real = 0
+    layout = Layout(trainer.policy, samples, SMALL)
+    for rows in torch.randperm(48, generator=torch.Generator().manual_seed(2)).split(SMALL):
+        for batch in layout.micro_batches(rows):
+            tokens, seen = samples.tokens[batch.rows], attention[batch.rows]
+            read = read_states(mask[batch.rows], tokens)
+            packed = pack(seen, read, prefix=common_prefix(tokens, seen, read))
+            computed += len(packed.sources)
+            real += int(packed.is_real.sum())
+    return 1 - real / computed
+
+
+def memory_over(base: BaseModel, steps: int) -> list[float]:
+    """Peak memory after each step, MiB."""
+    trainer = trainer_of(base, rows=SMALL, response_tokens=16, steps=steps)
+    return [(r.values["peak_memory_bytes"] or 0.0) / 2**20 for r in trainer.steps()]
+
+
+def report(name: str, found: Mapping[Any, Mapping[str, float]]) -> None:
+    """A table of seconds per token, each relative to the first line."""
+    print(f"\n| {name} | sample, per token | learn, per token |\n|---|---|---|")
+    first = next(iter(found.values()))
+    for size, each in found.items():
+        print(
+            f"| {size} | {each['sample'] / first['sample']:.2f} "
+            f"| {each['learn'] / first['learn']:.2f} |",
+            flush=True,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=200, help="of the memory curve")
+    options = parser.parse_args(arguments)
+    base = loaded(options.model, layers=options.layers)
+    print(
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{options.layers} layers, relative to the first line of each table"
+    )
+    report(
+        "response tokens (8 rows)",
+        {
+            count: seconds_per_token(base, rows=SMALL, response_tokens=count)
+            for count in RESPONSE_TOKENS
+        },
+    )
+    report(
+        "rows (16 response tokens)",
+        {count: seconds_per_token(base, rows=count, response_tokens=16) for count in ROWS},
+    )
+    print(f"\nfiller with a third stopping early: {filler_share(base):.1%} of the update's tokens")
+    curve = memory_over(base, options.steps)
+    tenth = max(1, len(curve) // 10)
+    print(
+        f"peak memory after {tenth} steps {curve[tenth - 1]:.0f} MiB, "
+        f"after {len(curve)} steps {curve[-1]:.0f} MiB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
