@@ -16,7 +16,7 @@ from ppo_engine.layout import Layout
 from ppo_engine.policy import Policy
 from ppo_engine.rollout import Rollout
 
-ROWS = 64
+ROWS = 16
 """Responses looked at, at most."""
 NOISE_LIMITS = {"fp32": 1e-4, "bf16": 0.05}
 """Largest |log ratio| without any training that is taken without a warning, in nats."""
