@@ -38,6 +38,7 @@ def prepare(folder: Path, spec: Mapping[str, Any], *, seed: int, device: str) ->
             base_model={name: str(model[name]) for name in ("id", "path", "sha256")},
             training_file="data/prompts.jsonl",
             validation_file="data/heldout.jsonl",
+            start_adapter=None,
             resume_from=None,
         ),
     )
