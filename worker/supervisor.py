@@ -244,7 +244,7 @@ class Supervisor:
         """How the trainer ended, once everything it told is stored."""
         while True:
             has_ended = trainer.wait(self._settings.tick_seconds)
-            has_stored_all = self._take_lines()
+            has_stored_all = self._take_lines(trainer)
             if has_ended and has_stored_all:
                 return trainer.end()
             if has_ended:  # Postgres is away; the trainer's end no longer sets the pace
@@ -261,8 +261,11 @@ class Supervisor:
         if time.monotonic() > self._patience:
             raise DatabaseGone
 
-    def _take_lines(self) -> bool:
-        """Store what the trainer told since the last look; False if Postgres does not answer."""
+    def _take_lines(self, trainer: TrainerProcess) -> bool:
+        """Store what the trainer told since the last look; False if Postgres does not answer.
+
+        A trainer that tells faster than it can be stored is asked to stop all the same.
+        """
         while True:
             batch = self._journal.entries(ROWS_PER_TRANSACTION)
             self._hold.usage = self._usage()
@@ -273,6 +276,8 @@ class Supervisor:
             if not self._store(batch):
                 return False
             self._journal = batch.behind
+            if not trainer.wait(0):
+                self._stop_if_wanted(trainer)
 
     def _store(self, batch: Batch) -> bool:
         match batch.entries[0]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psutil
 from pydantic import SecretStr
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from core import artifacts, feed, jobs, models
 from core.artifacts import Artifact
@@ -122,7 +122,14 @@ class Bench:
             supervisor.run_job(parts, job.id, task_id="task", is_told_to_go=is_told_to_go)
         return self.job(job.id)
 
-    def make_job(self, *, steps: int, checkpoint_interval: int = 2, **over: Any) -> Job:
+    def make_job(
+        self,
+        *,
+        steps: int,
+        checkpoint_interval: int = 2,
+        hyperparameters: Mapping[str, Any] | None = None,
+        **over: Any,
+    ) -> Job:
         with self.database.begin() as tx:
             return make_job(
                 tx,
@@ -131,6 +138,7 @@ class Bench:
                     "max_steps": steps,
                     "checkpoint_interval": checkpoint_interval,
                     "batch_size": 8,
+                    **(hyperparameters or {}),
                 },
                 file=make_file(tx, self.tenant, store=self.store, rows=ROWS),
                 **over,
@@ -149,6 +157,16 @@ class Bench:
         """Every job of the tenant, newest first."""
         with self.database.begin() as tx:
             return jobs.page(tx, tenant_id=self.tenant.tenant_id, limit=1000).jobs
+
+    @contextmanager
+    def locked(self, table: str) -> Iterator[None]:
+        """Nobody else can write to the table; held for as long as it takes."""
+        url = self.database.engine.url.render_as_string(hide_password=False)
+        patient = Database(url, pool_size=1, statement_timeout_seconds=120)
+        with patient.begin() as tx:
+            tx.execute(text(f"lock table {table} in exclusive mode"))
+            yield
+        patient.dispose()
 
     def cancel(self, job_id: UUID) -> Job:
         with self.database.begin() as tx:

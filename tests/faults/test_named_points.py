@@ -113,8 +113,7 @@ def test_sigterm_during_a_database_write_saves_and_counts_no_crash(bench: Bench)
     worker = bench.start_worker(lease_seconds=30)
     bench.wait_for_step(job.id, 2)
 
-    with bench.database.begin() as tx:
-        tx.execute(text("lock table metric in exclusive mode"))
+    with bench.locked("metric"):
         bench.plan(hold_at=5)
         wait_until(lambda: someone_waits_for_a_lock(bench))
         worker.send_signal(signal.SIGTERM)

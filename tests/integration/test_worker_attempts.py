@@ -7,11 +7,12 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import redis
-from sqlalchemy import text, update
+from sqlalchemy import Connection, text, update
 from structlog.testing import capture_logs
 
 from core import attempts, models
@@ -261,14 +262,13 @@ def test_a_full_disk_of_the_worker_says_why_the_job_failed(bench: Bench) -> None
 
 def test_too_little_memory_is_tried_once_with_half_the_micro_batch(bench: Bench) -> None:
     bench.plan(exit_at=2, exit={"code": 71, "reason": "out_of_memory"})
-    job = bench.make_job(steps=4)
-    before = job.resolved["hyperparameters"]["micro_batch_size"]
+    job = bench.make_job(steps=4, hyperparameters={"micro_batch_size": 4})
 
     waiting = bench.run_job(job)
     done = bench.run_job(job)
 
     assert (waiting.status, waiting.crashes) == (JobStatus.QUEUED, 0)
-    assert waiting.resolved["hyperparameters"]["micro_batch_size"] == before // 2
+    assert waiting.resolved["hyperparameters"]["micro_batch_size"] == 2
     assert (done.status, done.error_code) == (JobStatus.FAILED, "out_of_memory")
 
 
@@ -352,6 +352,35 @@ def test_a_worker_told_to_go_leaves_a_checkpoint_and_no_blame(bench: Bench) -> N
     assert bench.final_state(job.id) == expected_state(6)
 
 
+class SlowDatabase(Database):
+    """Answers, but later than a trainer tells its next step."""
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        with super().begin() as tx:
+            tx.execute(text("select pg_sleep(0.05)"))
+            yield tx
+
+
+def test_a_trainer_that_tells_faster_than_it_can_be_stored_stops_when_asked(bench: Bench) -> None:
+    bench.plan(step_seconds=0.02)
+    job = bench.make_job(steps=500, checkpoint_interval=1000)
+    slow = SlowDatabase(bench.worker_url, pool_size=4)
+
+    with bench.parts() as parts:
+        supervisor.run_job(
+            dataclasses.replace(parts, database=slow),
+            job.id,
+            task_id="task",
+            is_told_to_go=lambda: bench.job(job.id).step > 3,
+        )
+    slow.dispose()
+
+    waiting = bench.job(job.id)
+    assert waiting.status is JobStatus.QUEUED
+    assert 3 < waiting.saved_step < 500
+
+
 def test_a_lost_attempt_kills_its_trainer_and_writes_nothing_more(bench: Bench) -> None:
     bench.plan(hold_at=3)
     job = bench.make_job(steps=4)
@@ -377,8 +406,7 @@ def test_a_worker_told_to_go_does_not_wait_for_ever_for_the_last_lines(bench: Be
     def trainer_has_ended() -> bool:
         return any(bench.scratch.rglob("exit.json"))
 
-    with bench.database.begin() as tx, capture_logs() as lines:
-        tx.execute(text("lock table metric in exclusive mode"))
+    with bench.locked("metric"), capture_logs() as lines:
         left = bench.run_job(job, is_told_to_go=trainer_has_ended, pause_seconds=0.1)
 
     assert left.status is JobStatus.RUNNING

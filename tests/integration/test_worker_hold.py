@@ -70,8 +70,7 @@ def test_the_log_of_a_heartbeat_that_fails_has_no_statement(bench: Bench, hold: 
         path="samples/1.jsonl.gz", role="sample", media_type="", uri="x", sha256="0" * 64, bytes=1
     )
 
-    with bench.database.begin() as tx, capture_logs() as lines:
-        tx.execute(text("lock table artifact in exclusive mode"))
+    with bench.locked("artifact"), capture_logs() as lines:
         assert not hold.tell(Report(), [sample])
 
     assert [line["event"] for line in lines] == ["database.no_answer"]
