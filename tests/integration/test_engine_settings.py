@@ -58,7 +58,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "max_grad_norm": ({}, 1e-3),
     "max_response_tokens": ({}, 5),
     "temperature": ({}, 0.5),
-    "lora": ({}, {"rank": 2, "alpha": 8.0, "target_modules": "auto"}),
+    "lora": ({}, {"rank": 2, "alpha": 8.0, "target_modules": "auto", "last_layers": None}),
     "precision": ({}, "bf16"),
     "eval_interval": ({}, 1),
     "eval_samples": ({}, 1),
