@@ -262,7 +262,7 @@ def test_a_full_disk_of_the_worker_says_why_the_job_failed(bench: Bench) -> None
 
 def test_too_little_memory_is_tried_once_with_half_the_micro_batch(bench: Bench) -> None:
     bench.plan(exit_at=2, exit={"code": 71, "reason": "out_of_memory"})
-    job = bench.make_job(steps=4, hyperparameters={"micro_batch_size": 4})
+    job = bench.make_job(steps=4, hyperparameters={"minibatches": 1, "micro_batch_size": 4})
 
     waiting = bench.run_job(job)
     done = bench.run_job(job)

@@ -48,9 +48,14 @@ POSITIONS = f"{_UNIT}/test_positions.py"
 CLASSES = f"{_UNIT}/test_clip_stats.py::test_classes_are_those_of_the_table"
 BOUNDS = f"{_UNIT}/test_clip_stats.py::test_the_bounds_themselves_are_inside"
 FOUR_TOKENS = f"{_UNIT}/test_clip_stats.py::test_four_tokens_by_hand"
+LIKE_TRANSFORMERS = (
+    f"{_UNIT}/test_decoder.py::test_states_and_gradients_are_those_of_transformers[llama]"
+)
+BOTH_WAYS = f"{_UNIT}/test_adapters.py::test_kept_activations_change_neither_numbers_nor_gradients"
 _TRAINER = f"{_UNIT}/test_trainer.py"
 FIRST_RATIO = f"{_TRAINER}::test_the_first_ratio_of_every_update_is_exactly_one[1]"
 MICRO_BATCHES = f"{_TRAINER}::test_the_split_into_micro_batches_changes_nothing_but_rounding"
+FILLED_UP = f"{_TRAINER}::test_rows_that_fill_a_micro_batch_up_change_nothing"
 # By its own settings, and with an entropy bonus and a temperature.
 _WRITTEN_OUT = f"{_UNIT}/test_reference_trainer.py::test_the_engine_agrees_with_ppo_written_out"
 WRITTEN_OUT = f"{_WRITTEN_OUT}[changes0]"
@@ -473,7 +478,7 @@ MUTANTS = (
         file="update.py",
         old="rollout.loss_mask[batch.rows] & batch.is_real[:, None]",
         new="rollout.loss_mask[batch.rows]",
-        killers=(MICRO_BATCHES,),
+        killers=(FILLED_UP,),
     ),
     # The rollout
     Mutant(
@@ -493,31 +498,27 @@ MUTANTS = (
     Mutant(
         name="states are taken one place late",
         file="policy.py",
-        old="hidden[:, -columns - 1 : -1][response_mask]",
-        new="hidden[:, -columns:][response_mask]",
+        old="read[:, -response_mask.shape[1] - 1 : -1] = response_mask",
+        new="read[:, -response_mask.shape[1] :] = response_mask",
         killers=(WRITTEN_OUT,),
     ),
     Mutant(
         name="tokens are taken one place early",
         file="policy.py",
-        old="""        hidden = self._hidden(tokens, attention_mask)
-        chosen = tokens[:, -response_mask.shape[1] :][response_mask]
-        result""",
-        new="""        hidden = self._hidden(tokens, attention_mask)
-        chosen = tokens[:, -response_mask.shape[1] - 1 : -1][response_mask]
-        result""",
-        killers=(FIRST_RATIO,),
+        old="return tokens[:, -response_mask.shape[1] :][response_mask]",
+        new="return tokens[:, -response_mask.shape[1] - 1 : -1][response_mask]",
+        killers=(WRITTEN_OUT,),
     ),
     Mutant(
         name="values are those of the state before",
         file="policy.py",
-        old="self.value_head(_states(hidden, response_mask))",
-        new="self.value_head(_states(hidden.roll(1, dims=1), response_mask))",
+        old="self.value_head(states.float())",
+        new="self.value_head(states.roll(1, dims=0).float())",
         killers=(WRITTEN_OUT,),
     ),
     Mutant(
         name="padding moves positions",
-        file="policy.py",
+        file="generation.py",
         old="(attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)",
         new="(torch.ones_like(attention_mask).long().cumsum(dim=1) - 1).clamp(min=0)",
         killers=(POSITIONS,),
@@ -525,26 +526,58 @@ MUTANTS = (
     Mutant(
         name="padding is attended to",
         file="policy.py",
-        old="""        states: Tensor = self._backbone(
-            input_ids=tokens,
-            attention_mask=self._attention(attention_mask, tokens""",
-        new="""        states: Tensor = self._backbone(
-            input_ids=tokens,
-            attention_mask=self._attention(torch.ones_like(attention_mask), tokens""",
-        killers=(WRITTEN_OUT,),
+        old="attention_mask=self._attention(rows.attention_mask, rows",
+        new="attention_mask=self._attention(torch.ones_like(rows.attention_mask), rows",
+        killers=(BOTH_WAYS,),
     ),
     Mutant(
         name="the head's gradient forgets the temperature",
         file="logprobs.py",
-        old="(of_scores / head.temperature) @ weight",
-        new="of_scores @ weight",
+        old="of_logprobs.div_(head.temperature), of_entropy",
+        new="of_logprobs, of_entropy",
         killers=(WRITTEN_OUT_WARM,),
     ),
     Mutant(
         name="the head's gradient lowers entropy",
         file="logprobs.py",
-        old="-p * (wanted + broader * (log_p + entropy))",
-        new="-p * (wanted - broader * (log_p + entropy))",
+        old="((plain * walk.mean[:, None] - weighted) / total)",
+        new="((weighted - plain * walk.mean[:, None]) / total)",
         killers=(WRITTEN_OUT_WARM,),
+    ),
+    # Our own decoder
+    Mutant(
+        name="a token sees the one ahead",
+        file="decoder.py",
+        old=".triu(diagonal=1)",
+        new=".triu(diagonal=2)",
+        killers=(LIKE_TRANSFORMERS,),
+    ),
+    Mutant(
+        name="gradients are turned on instead of back",
+        file="decoder.py",
+        old="Rotation(self.cos, -self.sin).turn(gradients)",
+        new="Rotation(self.cos, self.sin).turn(gradients)",
+        killers=(LIKE_TRANSFORMERS,),
+    ),
+    Mutant(
+        name="an adapter's gradient forgets its scale",
+        file="decoder.py",
+        old="inner[:, rank] * scale]",
+        new="inner[:, rank]]",
+        killers=(LIKE_TRANSFORMERS,),
+    ),
+    Mutant(
+        name="only the first row teaches the shared beginning",
+        file="decoder.py",
+        old="by_row[:, :prefix].sum(dim=0)",
+        new="by_row[:1, :prefix].sum(dim=0)",
+        killers=(LIKE_TRANSFORMERS,),
+    ),
+    Mutant(
+        name="the shared beginning may hold states that are read",
+        file="packing.py",
+        old="read.long().argmax(dim=1) - first).min())\n    places",
+        new="read.long().argmax(dim=1) - first).max())\n    places",
+        killers=(f"{_UNIT}/test_packing.py",),
     ),
 )

@@ -294,5 +294,6 @@ def test_padding_moves_nothing_whatever_it_holds(tiny_model, critic: Critic) -> 
             torch.cat([torch.zeros_like(pad).bool(), attention_mask], dim=1),
             response_mask,
         )
-        for ours, theirs in zip(clean, wide, strict=True):
+        # All but the boundary, which is as wide as the batch, and empty here.
+        for ours, theirs in zip(clean[:-1], wide[:-1], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=ROUNDING)

@@ -77,7 +77,7 @@ class Batch:
         self.tokens = torch.randint(97, (6, 70), generator=generator)
         self.attention_mask = torch.zeros(6, 70, dtype=torch.bool)
         self.read = torch.zeros(6, 70, dtype=torch.bool)
-        for row, (start, end) in enumerate([(0, 70), (3, 64), (9, 60), (9, 63), (2, 45), (0, 70)]):
+        for row, (start, end) in enumerate([(0, 70), (3, 64), (9, 60), (9, 61), (2, 45), (0, 70)]):
             self.attention_mask[row, start:end] = True
             self.tokens[row, start : start + shared] = self.tokens[0, :shared]
             self.read[row, max(30, start + shared) : end - 1] = True
