@@ -5,7 +5,6 @@ python -m benchmarks.trl_ours ORDER.json
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -26,12 +25,11 @@ from benchmarks.trl_task import (
     VALUE_COEF,
     FixedBatch,
     LossAnswer,
-    Order,
     StepAnswer,
     Steps,
+    carry_out,
     peak_memory_bytes,
     reward,
-    tell,
 )
 from ppo_engine.config import TrainConfig
 from ppo_engine.losses import clipped_value_error, log_ratio, surrogate_terms
@@ -108,8 +106,7 @@ def take_steps(steps: Steps) -> StepAnswer:
 
 def _settings() -> dict[str, Any]:
     settings: dict[str, Any] = json.loads(CONFIG.read_text(encoding="utf-8"))
-    lora = settings["lora"] | {"rank": LORA_RANK, "alpha": LORA_ALPHA, "target_modules": "auto"}
-    return settings | SHARED | {"lora": lora}
+    return settings | SHARED
 
 
 def _config(steps: Steps) -> TrainConfig:
@@ -199,14 +196,5 @@ def fixed_loss(batch: FixedBatch) -> LossAnswer:
     )
 
 
-def main() -> None:
-    """Carry out the order."""
-    order = Order.read(Path(sys.argv[1]))
-    if order.fixed_batch is not None:
-        tell(fixed_loss(order.fixed_batch))
-    if order.steps is not None:
-        tell(take_steps(order.steps))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    carry_out(fixed_loss, take_steps)

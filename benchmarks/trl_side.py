@@ -7,11 +7,9 @@ callback, in a hook and around one function that TRL calls.
 """
 
 import os
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,12 +39,11 @@ from benchmarks.trl_task import (
     VALUE_COEF,
     FixedBatch,
     LossAnswer,
-    Order,
     StepAnswer,
     Steps,
+    carry_out,
     peak_memory_bytes,
     reward,
-    tell,
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -308,14 +305,5 @@ def fixed_loss(batch: FixedBatch) -> LossAnswer:
     )
 
 
-def main() -> None:
-    """Carry out the order."""
-    order = Order.read(Path(sys.argv[1]))
-    if order.fixed_batch is not None:
-        tell(fixed_loss(order.fixed_batch))
-    if order.steps is not None:
-        tell(take_steps(order.steps))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    carry_out(fixed_loss, take_steps)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -140,6 +141,17 @@ def peak_memory_bytes() -> int:
     # Kilobytes everywhere but on macOS, where they are bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def carry_out(
+    fixed_loss: Callable[[FixedBatch], LossAnswer], take_steps: Callable[[Steps], StepAnswer]
+) -> None:
+    """Do what the order in the file on the command line asks of a side, and tell."""
+    order = Order.read(Path(sys.argv[1]))
+    if order.fixed_batch is not None:
+        tell(fixed_loss(order.fixed_batch))
+    if order.steps is not None:
+        tell(take_steps(order.steps))
 
 
 def tell(answer: StepAnswer | LossAnswer) -> None:

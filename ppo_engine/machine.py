@@ -68,10 +68,13 @@ def micro_batch_rows(model: Any, device: str, *, longest_row: int, minibatch_siz
 def bytes_per_token(model: Any) -> int:
     """Memory that one token holds between the forward and the backward pass, estimated."""
     config = model.config
-    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    # What other families do not name: as many key heads as heads, a hidden layer four times wide.
+    kv = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     attention = 2 * (heads + kv) * head_size
-    layer = 2 * config.hidden_size + attention + 2 * config.intermediate_size
+    layer = 2 * config.hidden_size + attention + 2 * inner
     size: int = config.num_hidden_layers * layer * model.dtype.itemsize
     return size
 

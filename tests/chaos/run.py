@@ -16,18 +16,12 @@ from pathlib import Path
 from uuid import UUID
 
 import psutil
-from pydantic import SecretStr
 
-from core.db import Database
 from core.states import FINAL
-from migrations import commands
-from migrations.roles import WORKER_ROLE
 from tests.chaos.checker import Findings, check_jobs, check_processes
 from tests.chaos.faults import PATIENCE_SECONDS, Fault, Injector, Worker, when_answered
 from tests.chaos.report import Report
-from tests.conftest import as_role
-from tests.factories import make_tenant
-from tests.fakes.bench import Bench, open_bench
+from tests.fakes.bench import Bench, bench_on, migrated_servers
 from tests.fakes.waiting import wait_until
 from trimtab.embedded import EmbeddedServers
 
@@ -132,27 +126,8 @@ def run_seed(home: Path, seed: int, *, rounds: int) -> Report:
 @contextmanager
 def _own_bench(home: Path) -> Iterator[tuple[Bench, EmbeddedServers]]:
     """A bench on servers of its own, which keep what they are told (fsync)."""
-    servers = EmbeddedServers(home / "servers")
-    try:
-        with servers:
-            points = servers.endpoints
-            commands.upgrade(
-                points.owner_url,
-                api_password=SecretStr(points.api_password),
-                worker_password=SecretStr(points.worker_password),
-            )
-            database = Database(points.owner_url, pool_size=4)
-            with open_bench(
-                home / "bench",
-                database=database,
-                tenant=make_tenant(database),
-                worker_url=as_role(points.owner_url, WORKER_ROLE, points.worker_password),
-                redis_url=points.redis_url,
-            ) as bench:
-                yield bench, servers
-            database.dispose()
-    finally:
-        servers.home.remove()
+    with migrated_servers(home / "servers") as servers, bench_on(servers, home / "bench") as bench:
+        yield bench, servers
 
 
 def _post_jobs(bench: Bench, steps_of: dict[UUID, int], drawn: random.Random) -> None:

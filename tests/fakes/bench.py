@@ -13,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import psutil
+import pytest
 from pydantic import SecretStr
 from sqlalchemy import text, update
 
@@ -26,10 +27,14 @@ from core.models_catalog import ModelCatalog
 from core.rows import Attempt, Checkpoint, Job
 from core.states import FINAL, JobStatus
 from core.storage import ArtifactStore
-from tests.factories import MODEL, Tenant, make_file, make_job, prompt_lines
+from migrations import commands
+from migrations.roles import WORKER_ROLE
+from tests.conftest import as_role
+from tests.factories import MODEL, Tenant, make_file, make_job, make_tenant, prompt_lines
 from tests.fakes.run_folder import fake_trainer_command, write_plan
 from tests.fakes.trainer import reward_of, state_after
 from tests.fakes.waiting import wait_until
+from trimtab.embedded import EmbeddedServers
 from worker import supervisor
 from worker.settings import WorkerSettings
 from worker.stream import FeedStream
@@ -302,6 +307,56 @@ def open_bench(
         yield bench
     finally:
         bench.close()
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
+) -> Iterator[Bench]:
+    """On the servers of the run."""
+    with open_bench(
+        tmp_path / "home",
+        database=owner_database,
+        tenant=tenant,
+        worker_url=worker_url,
+        redis_url=redis_url,
+    ) as opened:
+        yield opened
+
+
+@contextmanager
+def migrated_servers(home: Path) -> Iterator[EmbeddedServers]:
+    """Servers of a test's own, which keep what they are told (fsync), with all tables."""
+    servers = EmbeddedServers(home)
+    try:
+        with servers:
+            points = servers.endpoints
+            commands.upgrade(
+                points.owner_url,
+                api_password=SecretStr(points.api_password),
+                worker_password=SecretStr(points.worker_password),
+            )
+            yield servers
+    finally:
+        servers.home.remove()
+
+
+@contextmanager
+def bench_on(servers: EmbeddedServers, home: Path) -> Iterator[Bench]:
+    """A bench with a tenant of its own."""
+    points = servers.endpoints
+    database = Database(points.owner_url, pool_size=4)
+    try:
+        with open_bench(
+            home,
+            database=database,
+            tenant=make_tenant(database),
+            worker_url=as_role(points.owner_url, WORKER_ROLE, points.worker_password),
+            redis_url=points.redis_url,
+        ) as opened:
+            yield opened
+    finally:
+        database.dispose()
 
 
 def expected_state(steps: int) -> str:

@@ -11,51 +11,22 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
-from pydantic import SecretStr
 
-from core.db import Database
 from core.ids import job_id_of
 from core.states import JobStatus
-from migrations import commands
-from migrations.roles import API_ROLE, WORKER_ROLE
+from migrations.roles import API_ROLE
 from tests.conftest import as_role
-from tests.factories import make_tenant
-from tests.fakes.bench import Bench, open_bench
+from tests.fakes.bench import Bench, bench_on
 from tests.fakes.waiting import wait_until
 from tests.live_api import create_job
 from trimtab.embedded import EmbeddedServers
 from trimtab.stack import free_port
 
 
-@pytest.fixture(scope="module")
-def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
-    embedded = EmbeddedServers(tmp_path_factory.mktemp("own") / "home")
-    try:
-        with embedded:
-            points = embedded.endpoints
-            commands.upgrade(
-                points.owner_url,
-                api_password=SecretStr(points.api_password),
-                worker_password=SecretStr(points.worker_password),
-            )
-            yield embedded
-    finally:
-        embedded.home.remove()
-
-
 @pytest.fixture
 def bench(tmp_path: Path, own_servers: EmbeddedServers) -> Iterator[Bench]:
-    points = own_servers.endpoints
-    database = Database(points.owner_url, pool_size=4)
-    with open_bench(
-        tmp_path / "home",
-        database=database,
-        tenant=make_tenant(database),
-        worker_url=as_role(points.owner_url, WORKER_ROLE, points.worker_password),
-        redis_url=points.redis_url,
-    ) as opened:
+    with bench_on(own_servers, tmp_path / "home") as opened:
         yield opened
-    database.dispose()
 
 
 @contextmanager

@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 from sqlalchemy import Connection
 
 from core.db import Database
 from core.errors import DatabaseUnavailable
 from core.states import JobStatus
-from tests.factories import Tenant
-from tests.fakes.bench import Bench, assert_as_if_uninterrupted, open_bench
+from tests.fakes.bench import Bench, assert_as_if_uninterrupted
 from worker import supervisor
 
 
@@ -30,20 +27,6 @@ class Lossy(Database):
         if self._count > 1 and self._count % 2 == 0:  # not the claim, which the reaper repeats
             self.lost += 1
             raise DatabaseUnavailable
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 def test_whatever_answer_is_lost_a_job_has_one_end_and_each_row_once(bench: Bench) -> None:

@@ -1,7 +1,6 @@
 """Deaths at named points: within a checkpoint, between a result and its row, with a full disk."""
 
 import signal
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,12 +10,10 @@ from sqlalchemy import text
 
 from core.db import Database
 from core.states import JobStatus
-from tests.factories import Tenant
 from tests.fakes.bench import (
     Bench,
     assert_as_if_uninterrupted,
     kill,
-    open_bench,
     pool_child,
 )
 from tests.fakes.waiting import wait_until
@@ -24,20 +21,6 @@ from worker.sweep import sweep
 
 WRONG_CLOCK = Path(__file__).parents[1] / "fakes" / "wrong_clock"
 FILE_LIMIT = 100_000
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("point", ["draft", "name", "line"])

@@ -3,8 +3,6 @@
 Each case is one scenario run twice; no chance is involved, so a checker gone blind fails here.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -12,29 +10,13 @@ import psutil
 import pytest
 import redis
 
-from core.db import Database
 from core.states import JobStatus
 from tests.chaos.checker import Findings, check_jobs
 from tests.conftest import Servers
-from tests.factories import Tenant
-from tests.fakes.bench import Bench, open_bench
+from tests.fakes.bench import Bench
 from tests.fakes.waiting import wait_until
 
 NEVER_SECONDS = 1e6
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 def broken(found: Findings) -> dict[str, int]:

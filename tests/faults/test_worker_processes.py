@@ -1,16 +1,11 @@
 """Real worker and dispatcher processes around the fake trainer, killed at the wrong moment."""
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
 import redis
 
-from core.db import Database
 from core.states import JobStatus
 from tests.conftest import Servers
-from tests.factories import Tenant
 from tests.fakes.bench import (
     Bench,
     assert_as_if_uninterrupted,
@@ -20,25 +15,10 @@ from tests.fakes.bench import (
     is_alive,
     kill,
     one,
-    open_bench,
     pool_child,
     rewards,
 )
 from tests.fakes.waiting import wait_until
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 def test_two_jobs_posted_at_once_both_finish(bench: Bench) -> None:

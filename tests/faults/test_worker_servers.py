@@ -17,49 +17,21 @@ from core.dispatch import TASK_NAME
 from core.errors import DatabaseUnavailable
 from core.states import JobStatus
 from migrations import commands
-from migrations.roles import WORKER_ROLE
-from tests.conftest import as_role
-from tests.factories import make_tenant
 from tests.fakes.bench import (
     Bench,
     assert_as_if_uninterrupted,
-    open_bench,
+    bench_on,
 )
 from tests.fakes.waiting import wait_until
 from trimtab.embedded import EmbeddedServers
 from worker.celery_app import make_celery
 
 
-@pytest.fixture(scope="module")
-def own_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
-    embedded = EmbeddedServers(tmp_path_factory.mktemp("own") / "home")
-    try:
-        with embedded:
-            points = embedded.endpoints
-            commands.upgrade(
-                points.owner_url,
-                api_password=SecretStr(points.api_password),
-                worker_password=SecretStr(points.worker_password),
-            )
-            yield embedded
-    finally:
-        embedded.home.remove()
-
-
 @pytest.fixture
 def bench(tmp_path: Path, own_servers: EmbeddedServers) -> Iterator[Bench]:
-    points = own_servers.endpoints
-    database = Database(points.owner_url, pool_size=4)
-    with open_bench(
-        tmp_path / "home",
-        database=database,
-        tenant=make_tenant(database),
-        worker_url=as_role(points.owner_url, WORKER_ROLE, points.worker_password),
-        redis_url=points.redis_url,
-    ) as opened:
+    with bench_on(own_servers, tmp_path / "home") as opened:
         yield opened
-    database.dispose()
-    with redis.Redis.from_url(points.redis_admin_url) as admin:
+    with redis.Redis.from_url(own_servers.endpoints.redis_admin_url) as admin:
         admin.flushall()
 
 
@@ -182,14 +154,7 @@ def test_history_survives_a_restart_of_everything(tmp_path: Path) -> None:
                 api_password=SecretStr(points.api_password),
                 worker_password=SecretStr(points.worker_password),
             )
-            database = Database(points.owner_url, pool_size=4)
-            with open_bench(
-                tmp_path / "home",
-                database=database,
-                tenant=make_tenant(database),
-                worker_url=as_role(points.owner_url, WORKER_ROLE, points.worker_password),
-                redis_url=points.redis_url,
-            ) as bench:
+            with bench_on(embedded, tmp_path / "home") as bench:
                 bench.plan(hold_at=4)
                 done, halfway = bench.make_job(steps=3), bench.make_job(steps=6)
                 bench.start_dispatcher()
@@ -199,7 +164,6 @@ def test_history_survives_a_restart_of_everything(tmp_path: Path) -> None:
                 told = bench.feed(done.id)
                 worker.terminate()
                 worker.wait(timeout=10)
-            database.dispose()
 
         bench.processes.clear()
         with embedded:

@@ -1,7 +1,6 @@
 """What a job left: manifest, files, adapter, models."""
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -11,28 +10,13 @@ from core import attempts, jobs
 from core.attempts import JobError
 from core.db import Database
 from core.ids import job_id_of
-from tests.conftest import Servers
 from tests.factories import MODEL, Tenant, claim_job, make_tenant
-from tests.live_api import MODEL_SHA256, LiveApi, create_job, live_api, put_artifact
+from tests.live_api import MODEL_SHA256, LiveApi, create_job, put_artifact
 
 JOBS = "/v1/fine_tuning/jobs"
 TAR = bytes(range(256)) * 20
 CSV = b"step,reward_mean\n1,0.5\n"
 NESTED = "adapter/adapter_config.json"
-
-
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,9 @@ from ppo_engine.explain import TOKEN_CLASSES
 from ppo_engine.histogram import SUMS, single
 from ppo_engine.metrics import METRICS
 from ppo_engine.reports import PassReport
-from tests.conftest import Servers
 from tests.factories import Tenant, metric
 from tests.integration.test_api_timeline import Run
-from tests.live_api import LiveApi, create_job, live_api, put_artifact
+from tests.live_api import LiveApi, create_job, put_artifact
 
 SINGLE = 1e-5
 """Room for the fp32 of stored sums."""
@@ -41,20 +40,6 @@ FRACTIONS = (
     "policy_clip_fraction_dual",
 )
 SWEPT = (*FRACTIONS, "clipped_advantage_mass", "policy_gradient_kept", "objective_gap")
-
-
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
 
 
 class ClipRun(Run):

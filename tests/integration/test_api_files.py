@@ -26,12 +26,6 @@ def api(
         yield running
 
 
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
-
-
 def stored_files(api: LiveApi) -> list[Path]:
     """Everything in the store, half-written things too."""
     root = api.store.root

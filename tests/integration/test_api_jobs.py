@@ -1,7 +1,6 @@
 """Jobs over HTTP: create, look up, list, cancel, and everything that is refused."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -12,27 +11,12 @@ from core.attempts import Holder, claim
 from core.db import Database
 from core.ids import job_id_of
 from core.states import Phase
-from tests.conftest import Servers
-from tests.factories import MODEL, TTL, Tenant, make_tenant, metric, spec_dict
-from tests.live_api import ALIAS, LiveApi, create_job, job_body, live_api, upload
+from tests.factories import MODEL, TTL, make_tenant, metric, spec_dict
+from tests.live_api import ALIAS, LiveApi, create_job, job_body, upload
 
 JOBS = "/v1/fine_tuning/jobs"
 UNKNOWN_JOB = "ftjob-" + "0" * 32
 UNKNOWN_FILE = "file-" + "0" * 32
-
-
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
 
 
 def run(worker_database: Database, job: dict[str, Any]) -> Holder:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,27 +17,12 @@ from core.db import Database
 from core.ids import job_id_of
 from core.rows import Job
 from core.states import Phase
-from tests.conftest import Servers
 from tests.factories import MODEL, TTL, Tenant, claim_job, make_tenant
-from tests.live_api import LiveApi, create_job, job_body, live_api, put_artifact, wait_until
+from tests.live_api import LiveApi, create_job, job_body, put_artifact, wait_until
 
 JOBS = "/v1/fine_tuning/jobs"
 WEIGHTS = "adapter_model.safetensors"
 UNKNOWN_CHECKPOINT = f"ftckpt_{'0' * 32}-1-1"
-
-
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
 
 
 def row_of(database: Database, job: dict[str, Any], tenant: Tenant) -> Job:

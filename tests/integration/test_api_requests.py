@@ -21,20 +21,6 @@ JOBS = "/v1/fine_tuning/jobs"
 NO_DATABASE = "postgresql://trimtab_api:secret@127.0.0.1:1/nothing"
 
 
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
-
-
 def code_of(answer: httpx2.Response) -> str:
     code: str = answer.json()["error"]["code"]
     return code

@@ -36,12 +36,6 @@ def api(
         yield running
 
 
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
-
-
 class Worker:
     """What a worker does to one job: rows to Postgres, then entries to Redis."""
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -18,26 +17,11 @@ from ppo_engine.explain import TOKEN_CLASSES
 from ppo_engine.histogram import Histogram, histogram_edges
 from ppo_engine.metrics import QUANTILES, quantile_name
 from ppo_engine.reports import PassReport, PassSums
-from tests.conftest import Servers
 from tests.factories import TTL, Tenant, claim_job, metric, stored_checkpoint
 from tests.integration.test_core_feed import after_reading_events
-from tests.live_api import LiveApi, create_job, live_api
+from tests.live_api import LiveApi, create_job
 
 JOBS = "/v1/fine_tuning/jobs"
-
-
-@pytest.fixture(scope="module")
-def api(
-    servers: Servers, api_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveApi]:
-    with live_api(api_url, servers.redis_url, tmp_path_factory.mktemp("api")) as running:
-        yield running
-
-
-@pytest.fixture
-def client(api: LiveApi, tenant: Tenant) -> Iterator[httpx2.Client]:
-    with api.client(tenant) as opened:
-        yield opened
 
 
 class Run:

@@ -22,14 +22,13 @@ from core.events import feed_payload
 from core.rows import Job
 from core.states import JobStatus
 from core.storage import ArtifactStore, sha256_of
-from tests.factories import Tenant, visible_passes
+from tests.factories import visible_passes
 from tests.fakes.bench import (
     Bench,
     assert_no_holes,
     expected_rewards,
     expected_state,
     holder,
-    open_bench,
     rewards,
 )
 from tests.fakes.waiting import wait_until
@@ -41,20 +40,6 @@ class FullStore(ArtifactStore):
 
     def fetch(self, *_: object, **__: object) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 def test_a_job_ends_with_its_adapter_and_its_history(bench: Bench) -> None:

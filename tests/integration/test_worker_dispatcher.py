@@ -16,8 +16,8 @@ from core import models
 from core.db import Database
 from core.rows import Job
 from core.states import JobStatus
-from tests.factories import Tenant, claim_job
-from tests.fakes.bench import Bench, open_bench
+from tests.factories import claim_job
+from tests.fakes.bench import Bench
 from worker.dispatcher import RINGS_PER_SLOT, Dispatcher
 from worker.settings import DispatcherSettings
 from worker.sweep import is_older, sweep
@@ -26,19 +26,11 @@ LONG_AGO = time.time() - 48 * 3600
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
+def bench(owner_database: Database, bench: Bench) -> Bench:
+    """Whose jobs are the only ones that a dispatcher sees."""
     with owner_database.begin() as tx:
         tx.execute(update(models.job).values(queue="of-another-test"))
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
+    return bench
 
 
 def make_dispatcher(bench: Bench, **over: Any) -> Dispatcher:

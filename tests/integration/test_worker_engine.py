@@ -13,12 +13,11 @@ import pytest
 from sqlalchemy import update
 
 from core import models
-from core.db import Database
 from core.ids import public_job_id
 from core.rows import Checkpoint, Job
 from core.states import JobStatus
 from tests.factories import Tenant, make_file, make_job
-from tests.fakes.bench import Bench, assert_no_holes, open_bench
+from tests.fakes.bench import Bench, assert_no_holes
 from tests.live_api import live_api
 from tests.tiny_model import TINY_MODEL_ID, make_tiny_model
 
@@ -46,18 +45,10 @@ LEARNS = {"learning_rate": 1e-2, "reward_scaling": "none"}
 
 
 @pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        make_tiny_model(opened.home / "models" / "tiny")
-        yield opened
+def bench(bench: Bench) -> Bench:
+    """With a model that the real engine trains."""
+    make_tiny_model(bench.home / "models" / "tiny")
+    return bench
 
 
 @pytest.fixture

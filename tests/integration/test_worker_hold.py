@@ -1,7 +1,6 @@
 """The hold on a job, against a real Postgres."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, text
@@ -11,23 +10,8 @@ from core import attempts
 from core.attempts import NewArtifact
 from core.db import Database
 from core.events import Report
-from tests.factories import Tenant
-from tests.fakes.bench import Bench, open_bench
+from tests.fakes.bench import Bench
 from worker.hold import Hold
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,17 @@ from core.db import Database
 from core.rows import Checkpoint, Job
 from core.states import JobStatus
 from core.storage import ArtifactStore
-from tests.factories import Tenant
 from tests.fakes.bench import (
     Bench,
     assert_as_if_uninterrupted,
     assert_no_holes,
     expected_state,
-    open_bench,
 )
 from worker import supervisor
 from worker.sweep import sweep
 
 TOKENS_PER_STEP = 8
 """What the fake trainer reports."""
-
-
-@pytest.fixture
-def bench(
-    tmp_path: Path, owner_database: Database, tenant: Tenant, worker_url: str, redis_url: str
-) -> Iterator[Bench]:
-    with open_bench(
-        tmp_path / "home",
-        database=owner_database,
-        tenant=tenant,
-        worker_url=worker_url,
-        redis_url=redis_url,
-    ) as opened:
-        yield opened
 
 
 def ask(bench: Bench, job: Job, wish: Callable[..., Job]) -> Job:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ppo_engine import machine
 from ppo_engine.decoder import Decoder, _Stack
@@ -84,6 +84,13 @@ def test_a_micro_batch_is_bounded_by_speed_memory_and_the_minibatch(
     found = machine.micro_batch_rows(model, "cpu", longest_row=longest, minibatch_size=minibatch)
 
     assert found == rows
+
+
+def test_models_of_other_families_have_an_estimate_too():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=3, n_head=4))
+
+    # 3 layers × (2·8 + 2·(4 + 4)·2 + 2·32) values of 4 bytes.
+    assert machine.bytes_per_token(model) == 1344
 
 
 def test_free_memory_respects_the_containers_limit(monkeypatch):
