@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -122,16 +122,16 @@ class Hold:
         self._stream.send(items)
 
     def while_beating(self, work: Callable[[], T]) -> T:
-        """The result of slow work done on a thread, while heartbeats go on here."""
+        """The result of slow work done on a thread, while heartbeats go on here.
+
+        A heartbeat that is due at its end is made, too: what was wished meanwhile is then known.
+        """
         with ThreadPoolExecutor(max_workers=1) as pool:
             future = pool.submit(work)
-            while True:
-                try:
-                    return future.result(timeout=self._settings.tick_seconds)
-                except TimeoutError:
-                    if future.done():
-                        return future.result()
+            while not future.done():
+                wait([future], timeout=self._settings.tick_seconds)
                 self.beat_if_due()
+            return future.result()
 
     def _beat(self, write: Callable[[Connection], Beat]) -> bool:
         try:
