@@ -15,7 +15,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ppo_engine.packing import Packed, Rectangle
+from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
+from ppo_engine.packing import Packed
+from ppo_engine.products import wide_product
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,52 +64,118 @@ class LinearGroup:
             if name is not None and isinstance(m, LoraLinear) and name in m.lora_A
         ]
 
-    def forward(self, inputs: Tensor, adapters: "GroupAdapters") -> tuple[Tensor, Tensor | None]:
-        """Outputs [N, Σ out] and the adapters' inner values [N, Σ r]; [N, in] in."""
-        if self.bias is None:
-            result = inputs @ self.weight.t()
-        else:
-            result = torch.addmm(self.bias, inputs, self.weight.t())
+    def forward(
+        self, inputs: Tensor, adapters: "GroupAdapters", *, onto: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs [N, Σ out] and the adapters' inner values [N, Σ r]; [N, in] in.
+
+        `onto` [N, Σ out] is added to the outputs.
+        """
+        base = self.bias if onto is None else onto
+        weight = self.weight.t()
+        result = inputs @ weight if base is None else torch.addmm(base, inputs, weight)
+        if onto is not None and self.bias is not None:
+            result += self.bias
         if adapters.down is None:
             return result, None
         inner = inputs @ adapters.down.t()
-        for columns, rank, up in adapters.ups:
+        for columns, rank, up in adapters.additions:
             result[:, columns].addmm_(inner[:, rank], up.t())
         return result, inner
 
     def backward(
         self, of_outputs: Tensor, inputs: Tensor, inner: Tensor | None, adapters: "GroupAdapters"
     ) -> tuple[Tensor, list[Tensor]]:
-        """∂/∂inputs, and ∂/∂A, ∂/∂B of every adapter in turn."""
+        """∂/∂inputs, and ∂/∂A, ∂/∂(scale·B) of every adapter in turn, fp32."""
         of_inputs = of_outputs @ self.weight
         if adapters.down is None or inner is None:
             return of_inputs, []
-        of_inner = torch.cat([of_outputs[:, part] @ up for part, _, up in adapters.ups], dim=1)
+        parts = [of_outputs[:, each.columns] @ each.up for each in adapters.additions]
+        of_inner = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         of_inputs.addmm_(of_inner, adapters.down)
-        of_down = of_inner.t() @ inputs
-        gradients = []
-        for (part, rank, _), scale in zip(adapters.ups, adapters.scales, strict=True):
-            gradients += [of_down[rank], of_outputs[:, part].t() @ inner[:, rank] * scale]
-        return of_inputs, gradients
+        of_down = _weight_gradient(of_inner, inputs)
+        found = []
+        for columns, rank, _ in adapters.additions:
+            found += [of_down[rank], _weight_gradient(of_outputs[:, columns], inner[:, rank])]
+        return of_inputs, found
 
 
-class GroupAdapters:
+def _weight_gradient(of_outputs: Tensor, inputs: Tensor) -> Tensor:
+    """∂/∂W of inputs·Wᵀ in fp32."""
+    if of_outputs.is_cuda:
+        return wide_product(of_outputs.t(), inputs)
+    # Wide products of narrow numbers are slow there.
+    return (of_outputs.t() @ inputs).float()
+
+
+class Addition(NamedTuple):
+    """What one adapter adds to the outputs of its layers."""
+
+    columns: slice
+    """Of the outputs."""
+    rank: slice
+    """Its columns of the inner values."""
+    up: Tensor
+    """scale·B, [out, r]."""
+
+
+class GroupAdapters(NamedTuple):
     """A group's adapters in the model's format, ready for its products."""
 
-    def __init__(self, adapters: Sequence[tuple[slice, Adapter]], dtype: torch.dtype) -> None:
-        self.down: Tensor | None = None
-        """[Σ r, in]: every A."""
-        self.ups: list[tuple[slice, slice, Tensor]] = []
-        """Output columns, inner columns, and scale·B [out, r] of each."""
-        self.scales = [adapter.scale for _, adapter in adapters]
-        if not adapters:
-            return
-        self.down = torch.cat([adapter.a.detach() for _, adapter in adapters]).to(dtype)
-        start = 0
-        for part, adapter in adapters:
+    down: Tensor | None
+    """Every A, [Σ r, in]; None without an adapter."""
+    additions: tuple[Addition, ...]
+
+    def joined(self, width: int) -> "GroupAdapters":
+        """The same with one addition to all `width` columns: fewer products, though larger."""
+        if self.down is None:
+            return self
+        together = self.down.new_zeros(width, len(self.down))
+        for columns, rank, up in self.additions:
+            together[columns, rank] = up
+        everything = slice(None)
+        return self._replace(additions=(Addition(everything, everything, together),))
+
+
+_Adapters = list[tuple[slice, Adapter]]
+"""Of one group: output columns, and what is added to them."""
+
+
+def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdapters]:
+    """The adapters of many groups, converted at once: each alone is hardly worth its call."""
+    adapters = [adapter for group in groups for _, adapter in group]
+    if not adapters:
+        return [GroupAdapters(None, ())] * len(groups)
+    downs = [_room_for(group, dtype) for group in groups]
+    rows = [
+        part
+        for group, down in zip(groups, downs, strict=True)
+        if down is not None
+        for part in down.split([len(adapter.a) for _, adapter in group])
+    ]
+    ups = [torch.empty_like(adapter.b, dtype=dtype) for adapter in adapters]
+    # What optimizers, too, call for many small tensors.
+    scaled = torch._foreach_mul([x.b.detach() for x in adapters], [x.scale for x in adapters])  # noqa: SLF001
+    torch._foreach_copy_([*rows, *ups], [*(x.a.detach() for x in adapters), *scaled])
+    left = iter(ups)
+    found = []
+    for group, down in zip(groups, downs, strict=True):
+        start, additions = 0, []
+        for columns, adapter in group:
             rank = slice(start, start + len(adapter.a))
-            self.ups.append((part, rank, (adapter.b.detach() * adapter.scale).to(dtype)))
+            additions.append(Addition(columns, rank, next(left)))
             start = rank.stop
+        found.append(GroupAdapters(down, tuple(additions)))
+    return found
+
+
+def _room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:
+    """For every A of a group, [Σ r, in]."""
+    if not group:
+        return None
+    first = group[0][1].a
+    rows = sum(len(adapter.a) for _, adapter in group)
+    return torch.empty(rows, first.shape[1], dtype=dtype, device=first.device)
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
@@ -165,11 +233,9 @@ class Decoder:
     def __init__(self, causal_lm: Any) -> None:
         config, backbone = causal_lm.config, causal_lm.base_model
         self.dtype: torch.dtype = causal_lm.dtype
-        self.heads: int = config.num_attention_heads
-        self.kv_heads: int = config.num_key_value_heads
-        self.head_size: int = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        heads: int = config.num_attention_heads
+        size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.shape = HeadShape(heads, config.num_key_value_heads, size)
         self.epsilon: float = config.rms_norm_eps
         self.norm: Tensor = backbone.norm.weight.detach()
         self.layers = [
@@ -214,6 +280,10 @@ class Decoder:
             and rope.get("rope_type", "default") in _ROPE_TYPES
         )
 
+    @property
+    def _groups(self) -> list[LinearGroup]:
+        return [group for layer in self.layers for group in layer.groups]
+
     def embedded(self, tokens: Tensor) -> Tensor:
         """What the first layer reads, [N, H]; tokens [N]."""
         return self._embedding[tokens]
@@ -221,15 +291,14 @@ class Decoder:
     def rotation(self, positions: Tensor) -> "Rotation":
         """Of tokens at these places, [N]."""
         cos, sin = self._rotary(self.norm, positions[None])
-        half = self.head_size // 2
-        return Rotation(cos[0, :, None, :half], sin[0, :, None, :half])
+        half = self.shape.size // 2
+        sine = sin[0, :, None, :half]
+        return Rotation(cos[0, :, None, None, :half], torch.stack([-sine, sine], dim=2))
 
     def group_adapters(self, name: str | None) -> list[list[GroupAdapters]]:
         """Of each layer's groups."""
-        return [
-            [GroupAdapters(group.adapters(name), self.dtype) for group in layer.groups]
-            for layer in self.layers
-        ]
+        prepared = iter(_prepared([each.adapters(name) for each in self._groups], self.dtype))
+        return [[next(prepared) for _ in layer.groups] for layer in self.layers]
 
     def states(
         self,
@@ -248,8 +317,7 @@ class Decoder:
         """
         parameters = [
             weight
-            for layer in self.layers
-            for group in layer.groups
+            for group in self._groups
             for _, each in group.adapters(adapter)
             for weight in (each.a, each.b)
         ]
@@ -281,24 +349,26 @@ class Decoder:
             decoder=self,
             packed=packed,
             rotation=self.rotation(packed.positions),
-            spans=_spans(self, packed),
+            attention=attention_over(packed, self.shape, self.norm),
             adapters=self.group_adapters(adapter),
+            scales=[each.scale for group in self._groups for _, each in group.adapters(adapter)],
             collected=collected,
         )
 
 
 class Rotation(NamedTuple):
-    """Rotary angles of N tokens, [N, 1, d/2]."""
+    """Rotary angles of N tokens."""
 
     cos: Tensor
+    """[N, 1, 1, d/2]."""
     sin: Tensor
+    """[N, 1, 2, d/2]; negative for the first half of a head."""
 
     def turn(self, heads: Tensor) -> None:
         """Rotates queries or keys [N, heads, d] in place (RoFormer, arXiv:2104.09864)."""
-        first, second = heads.chunk(2, dim=-1)
-        turned = first * self.cos - second * self.sin
-        second.mul_(self.cos).addcmul_(first, self.sin)
-        first.copy_(turned)
+        halves = heads.unflatten(-1, (2, -1))
+        swapped = halves.flip(-2)
+        halves.mul_(self.cos).addcmul_(swapped, self.sin)
 
     def turn_back(self, gradients: Tensor) -> None:
         """The same for gradients: the transposed map."""
@@ -311,8 +381,10 @@ class _Work(NamedTuple):
     decoder: Decoder
     packed: Packed
     rotation: Rotation
-    spans: list["_Span"]
+    attention: Attention
     adapters: list[list[GroupAdapters]]
+    scales: list[float]
+    """Of each adapter in turn."""
     collected: list[Tensor] | None
 
 
@@ -322,7 +394,7 @@ class _Kept(NamedTuple):
     inputs: Tensor
     qkv: Tensor
     """Rotated."""
-    attended: Tensor
+    attended: Attended
     middle: Tensor
     """After attention, before the MLP."""
     gate_up: Tensor
@@ -346,13 +418,14 @@ class _Stack(torch.autograd.Function):
         for number in range(first, last + 1):
             hidden = _forward_layer(work, number, hidden, kept, is_last=number == last)
         ctx.work, ctx.kept, ctx.first, ctx.hidden = work, kept, first, hidden
-        return rms_norm(hidden, work.decoder.norm, work.decoder.epsilon)
+        normed, ctx.inverse = rms_norm(hidden, work.decoder.norm, work.decoder.epsilon)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
         decoder = work.decoder
-        of_hidden = _norm_backward(gradients[0], ctx.hidden, decoder.norm, decoder.epsilon)
+        of_hidden = _norm_backward(gradients[0], ctx.hidden, decoder.norm, ctx.inverse)
         of_parameters: list[list[Tensor]] = []
         # Below the lowest adapter nothing needs a gradient.
         for number in reversed(range(decoder.lowest_adapted, len(decoder.layers))):
@@ -364,7 +437,8 @@ class _Stack(torch.autograd.Function):
                 is_last=number == len(decoder.layers) - 1,
             )
             of_parameters.append(found)
-        flat = [each.float() for found in reversed(of_parameters) for each in found]
+        flat = [each for found in reversed(of_parameters) for each in found]
+        torch._foreach_mul_(flat[1::2], work.scales)
         return (None, None, None, None, *flat)
 
 
@@ -375,24 +449,25 @@ def _forward_layer(
     decoder, layer = work.decoder, work.decoder.layers[number]
     adapters = work.adapters[number]
     inputs = hidden
-    normed = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
+    normed, _ = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
     qkv, inner_qkv = layer.qkv.forward(normed, adapters[0])
-    work.rotation.turn(_turned_heads(qkv, decoder))
+    work.rotation.turn(_turned_heads(qkv, decoder.shape))
     if work.collected is not None:
         work.collected.append(qkv)
-    attended = _attend(work, qkv)
+    attended = work.attention.forward(qkv)
+    result = attended.result
     if is_last:
-        hidden, attended = hidden[work.packed.kept], attended[work.packed.kept]
-    added, inner_output = layer.output.forward(attended, adapters[1])
-    middle = added.add_(hidden)
-    normed = rms_norm(middle, layer.mlp_norm, decoder.epsilon)
+        hidden, result = hidden[work.packed.kept], result[work.packed.kept]
+    middle, inner_output = layer.output.forward(result, adapters[1], onto=hidden)
+    normed, _ = rms_norm(middle, layer.mlp_norm, decoder.epsilon)
     gate_up, inner_gate_up = layer.gate_up.forward(normed, adapters[2])
     gate, up = gate_up.chunk(2, dim=1)
-    added, inner_down = layer.down.forward(nn.functional.silu(gate).mul_(up), adapters[3])
+    product = nn.functional.silu(gate).mul_(up)
+    outputs, inner_down = layer.down.forward(product, adapters[3], onto=middle)
     if kept is not None:
         inner = (inner_qkv, inner_output, inner_gate_up, inner_down)
         kept.append(_Kept(inputs, qkv, attended, middle, gate_up, inner))
-    return added.add_(middle)
+    return outputs
 
 
 def _backward_layer(
@@ -401,7 +476,6 @@ def _backward_layer(
     """∂/∂inputs, and ∂/∂A, ∂/∂B of every adapter of the layer in turn."""
     decoder, layer = work.decoder, work.decoder.layers[number]
     adapters = work.adapters[number]
-    epsilon = decoder.epsilon
     gate, up = kept.gate_up.chunk(2, dim=1)
     activated = nn.functional.silu(gate)
     of_product, of_down = layer.down.backward(
@@ -411,20 +485,21 @@ def _backward_layer(
     of_gate, of_up = of_gate_up.chunk(2, dim=1)
     torch.mul(of_product, activated, out=of_up)
     torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
-    normed = rms_norm(kept.middle, layer.mlp_norm, epsilon)
+    normed, inverse = rms_norm(kept.middle, layer.mlp_norm, decoder.epsilon)
     of_normed, of_gates = layer.gate_up.backward(of_gate_up, normed, kept.inner[2], adapters[2])
-    of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, epsilon).add_(of_outputs)
-    of_attended, of_output = layer.output.backward(
-        of_middle, kept.attended, kept.inner[1], adapters[1]
-    )
+    of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, inverse).add_(of_outputs)
+    result = kept.attended.result
     if is_last:
-        of_middle, of_attended = (_spread(each, work.packed) for each in (of_middle, of_attended))
-    of_qkv = _attend_backward(work, kept.qkv, of_attended)
-    work.rotation.turn_back(_turned_heads(of_qkv, decoder))
-    normed = rms_norm(kept.inputs, layer.attention_norm, epsilon)
+        result = result[work.packed.kept]
+    of_result, of_output = layer.output.backward(of_middle, result, kept.inner[1], adapters[1])
+    if is_last:
+        of_middle, of_result = (_spread(each, work.packed) for each in (of_middle, of_result))
+    of_qkv = work.attention.backward(kept.qkv, kept.attended, of_result)
+    work.rotation.turn_back(_turned_heads(of_qkv, decoder.shape))
+    normed, inverse = rms_norm(kept.inputs, layer.attention_norm, decoder.epsilon)
     of_normed, of_projections = layer.qkv.backward(of_qkv, normed, kept.inner[0], adapters[0])
     found = [*of_projections, *of_output, *of_gates, *of_down]
-    of_inputs = _norm_backward(of_normed, kept.inputs, layer.attention_norm, epsilon)
+    of_inputs = _norm_backward(of_normed, kept.inputs, layer.attention_norm, inverse)
     return of_inputs.add_(of_middle), found
 
 
@@ -435,142 +510,37 @@ def _spread(values: Tensor, packed: Packed) -> Tensor:
     return result
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The input over its root mean square, in fp32, times the weight (arXiv:1910.07467, eq. 4)."""
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The input over its root mean square, in fp32, times the weight; and 1/rms, [N, 1].
+
+    Source: arXiv:1910.07467, eq. 4.
+    """
+    if hidden.is_cuda:
+        normed, inverse = torch.ops.aten._fused_rms_norm(  # noqa: SLF001 - the public one keeps 1/rms
+            hidden, [hidden.shape[-1]], weight, epsilon
+        )
+        return normed, inverse
     wide = hidden.float()
-    return (wide * _inverse_rms(wide, epsilon)).to(hidden.dtype) * weight
-
-
-def _inverse_rms(wide: Tensor, epsilon: float) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return norms.square_().div_(wide.shape[-1]).add_(epsilon).rsqrt_()
+    inverse = norms.square_().div_(wide.shape[-1]).add_(epsilon).rsqrt_()
+    return (wide * inverse).to(hidden.dtype) * weight, inverse
 
 
-def _norm_backward(of_normed: Tensor, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def _norm_backward(of_normed: Tensor, hidden: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """∂/∂x of `rms_norm`: r·(w·g − x·r²·mean(w·g·x))."""
+    if hidden.is_cuda:
+        result: Tensor = torch.ops.aten._fused_rms_norm_backward(  # noqa: SLF001
+            of_normed, hidden, [hidden.shape[-1]], inverse, weight, [True, False]
+        )[0]
+        return result
     wide = hidden.float()
-    inverse = _inverse_rms(wide, epsilon)
     weighted: Tensor = of_normed.float() * weight
     share: Tensor = torch.linalg.vecdot(weighted, wide)[:, None].div_(wide.shape[-1])
     weighted -= wide * (share * inverse.square())
     return weighted.mul_(inverse).to(hidden.dtype)
 
 
-def _turned_heads(qkv: Tensor, decoder: Decoder) -> Tensor:
+def _turned_heads(qkv: Tensor, shape: HeadShape) -> Tensor:
     """Queries and keys, [N, heads, d], which rotary embeddings turn; a view."""
-    turned = decoder.heads + decoder.kv_heads
-    return qkv[:, : turned * decoder.head_size].view(len(qkv), turned, decoder.head_size)
-
-
-class _Heads(NamedTuple):
-    """Queries, keys and values of one rectangle, the heads that share keys below each other."""
-
-    queries: Tensor
-    """[G·kv, rep·S, d]."""
-    keys: Tensor
-    """[G·kv, L+S, d]; those of the shared beginning first."""
-    values: Tensor
-    """[G·kv, L+S, d]."""
-
-
-class _Span(NamedTuple):
-    """Some rows of one length, and what they see."""
-
-    rectangle: Rectangle
-    prefix: int
-    """Shared tokens before the rows' own."""
-    mask: Tensor
-    """[1, rep·S, L+S]; 0 where a token may look, −∞ ahead of it."""
-
-
-def _spans(decoder: Decoder, packed: Packed) -> list[_Span]:
-    """The shared beginning, if there is one, and every rectangle."""
-    repeats = decoder.heads // decoder.kv_heads
-    spans = []
-    beginning = [(Rectangle(0, 1, packed.prefix), 0)] if packed.prefix else []
-    for rectangle, prefix in [*beginning, *((each, packed.prefix) for each in packed.rectangles)]:
-        shape = (rectangle.columns, rectangle.columns)
-        ahead = decoder.norm.new_full(shape, -torch.inf).triu(diagonal=1)
-        mask = nn.functional.pad(ahead, (prefix, 0)).repeat(repeats, 1)[None]
-        spans.append(_Span(rectangle, prefix, mask))
-    return spans
-
-
-def _heads(qkv: Tensor, span: _Span, decoder: Decoder) -> _Heads:
-    rectangle, prefix = span.rectangle, span.prefix
-    kv, size = decoder.kv_heads, decoder.head_size
-    repeats = decoder.heads // kv
-    rows, columns = rectangle.rows, rectangle.columns
-    own = qkv[rectangle.start : rectangle.end]
-    queries, keys, values = own.split([decoder.heads * size, kv * size, kv * size], dim=1)
-    queries = queries.reshape(rows, columns, kv, repeats, size).permute(0, 2, 3, 1, 4)
-    widened = []
-    for part, first in ((keys, decoder.heads), (values, decoder.heads + kv)):
-        each = part.reshape(rows, columns, kv, size).transpose(1, 2)
-        if prefix:
-            shared = qkv[:prefix, first * size : (first + kv) * size]
-            shared = shared.reshape(1, prefix, kv, size).transpose(1, 2)
-            each = torch.cat([shared.expand(rows, -1, -1, -1), each], dim=2)
-        widened.append(each.reshape(rows * kv, prefix + columns, size))
-    return _Heads(queries.reshape(rows * kv, repeats * columns, size), *widened)
-
-
-def _probabilities(heads: _Heads, span: _Span, decoder: Decoder) -> Tensor:
-    """Attention weights, [G·kv, rep·S, L+S]."""
-    scores = torch.baddbmm(
-        span.mask, heads.queries, heads.keys.transpose(1, 2), alpha=decoder.head_size**-0.5
-    )
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(decoder.dtype)
-
-
-def _attend(work: _Work, qkv: Tensor) -> Tensor:
-    """Attention's result before its output layer, [N, heads·d]."""
-    decoder = work.decoder
-    result = qkv.new_empty(len(qkv), decoder.heads * decoder.head_size)
-    for span in work.spans:
-        heads = _heads(qkv, span, decoder)
-        mixed = _probabilities(heads, span, decoder) @ heads.values
-        by_query = _by_query(result, span.rectangle, decoder)
-        by_query.copy_(mixed.view(by_query.shape))
-    return result
-
-
-def _by_query(flat: Tensor, rectangle: Rectangle, decoder: Decoder) -> Tensor:
-    """A rectangle of [N, heads·d] as [G, kv, rep, S, d]; a view."""
-    part = flat[rectangle.start : rectangle.end].view(
-        rectangle.rows, rectangle.columns, decoder.kv_heads, -1, decoder.head_size
-    )
-    return part.permute(0, 2, 3, 1, 4)
-
-
-def _attend_backward(work: _Work, qkv: Tensor, of_attended: Tensor) -> Tensor:
-    """∂/∂qkv of `_attend`; the attention weights are made again."""
-    decoder = work.decoder
-    kv, size = decoder.kv_heads, decoder.head_size
-    result = torch.zeros_like(qkv)
-    of_queries, of_keys, of_values = result.split([decoder.heads * size, kv * size, kv * size], 1)
-    for span in work.spans:
-        heads = _heads(qkv, span, decoder)
-        weights = _probabilities(heads, span, decoder)
-        of_mixed = _by_query(of_attended, span.rectangle, decoder).reshape(heads.queries.shape)
-        of_weights = of_mixed @ heads.values.transpose(1, 2)
-        # The public way to this fused kernel leads through autograd.
-        of_scores = torch._softmax_backward_data(  # noqa: SLF001
-            of_weights, weights, -1, weights.dtype
-        ).mul_(size**-0.5)
-        by_query = _by_query(of_queries, span.rectangle, decoder)
-        by_query.copy_((of_scores @ heads.keys).view(by_query.shape))
-        _add_by_key(of_keys, of_scores.transpose(1, 2) @ heads.queries, span, kv)
-        _add_by_key(of_values, weights.transpose(1, 2) @ of_mixed, span, kv)
-    return result
-
-
-def _add_by_key(flat: Tensor, found: Tensor, span: _Span, kv_heads: int) -> None:
-    """Adds gradients [G·kv, L+S, d] to a span of [N, kv·d], and to the shared beginning."""
-    rectangle, prefix = span.rectangle, span.prefix
-    rows, columns = rectangle.rows, rectangle.columns
-    by_row = found.unflatten(0, (rows, kv_heads)).transpose(1, 2)
-    own = flat[rectangle.start : rectangle.end].view(rows, columns, kv_heads, -1)
-    own.add_(by_row[:, prefix:])
-    if prefix:
-        flat[:prefix].view(prefix, kv_heads, -1).add_(by_row[:, :prefix].sum(dim=0))
+    turned = shape.queries + shape.keys
+    return qkv[:, : turned * shape.size].view(len(qkv), turned, shape.size)

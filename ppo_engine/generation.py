@@ -4,18 +4,38 @@
 does not see the difference.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, Rotation, rms_norm
+from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, rms_norm
+from ppo_engine.key_values import FusedKeyValues, KeyValues, Prompts, key_values
 from ppo_engine.logprobs import OutputHead
 from ppo_engine.packing import Packed, common_prefix, pack
 
 
+class Patience(NamedTuple):
+    """When finished sequences are worth a thought."""
+
+    steps: int
+    """Tokens between two looks at which have ended."""
+    share: float
+    """They are dropped when they are this share: fewer are not worth moving the cache."""
+
+
+_STEP_BY_STEP = Patience(steps=1, share=0.125)
+_RECORDED = Patience(steps=8, share=0.5)
+"""A look stops the device, and after a change the work on a token must be recorded anew."""
+
+
 class Generation(Protocol):
     """Sequences in the making; row i of every tensor belongs to sequence i."""
+
+    @property
+    def patience(self) -> Patience:
+        """When finished sequences are worth a thought."""
 
     def start(self, tokens: Tensor, attention_mask: Tensor, *, copies: int) -> Tensor:
         """Scores [B·copies, V] after prompts [B, P]; copies of a prompt stand side by side."""
@@ -40,111 +60,134 @@ class DecoderGeneration:
     ) -> None:
         self._decoder = decoder
         self._head = head
-        self._adapters = decoder.group_adapters(adapter)
+        self._adapters = _adapters_for(decoder, adapter)
         self._adapter = adapter
         self._room = max_response_tokens
-        self._shared: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of the shared beginning by layer, [kv, L, d]."""
-        self._cache: list[tuple[Tensor, Tensor]] = []
-        """Of each sequence's own tokens by layer, [B, kv, C, d]."""
-        self._lengths: Tensor
-        """[B]; own tokens so far."""
-        self._prefix = 0
-        """Tokens of the shared beginning."""
+        self._cache: KeyValues
+        self._recorded: _RecordedStep | None = None
+
+    @property
+    def patience(self) -> Patience:
+        """When finished sequences are worth a thought."""
+        return _RECORDED if self._is_recordable else _STEP_BY_STEP
+
+    @property
+    def _is_recordable(self) -> bool:
+        return isinstance(self._cache, FusedKeyValues)
 
     def start(self, tokens: Tensor, attention_mask: Tensor, *, copies: int) -> Tensor:
         """Scores [B·copies, V] after prompts [B, P]; copies of a prompt stand side by side."""
         read = torch.zeros_like(attention_mask)
         read[:, -1] = True
-        self._prefix = common_prefix(tokens, attention_mask, read)
-        packed = pack(attention_mask, read, prefix=self._prefix)
+        prefix = common_prefix(tokens, attention_mask, read)
+        packed = pack(attention_mask, read, prefix=prefix)
         layers: list[Tensor] = []
         states = self._decoder.states(tokens, packed, adapter=self._adapter, collected=layers)
-        lengths = attention_mask.sum(dim=1) - self._prefix
-        self._lengths = lengths.repeat_interleave(copies)
-        places = _own_places(packed, lengths)
-        for qkv in layers:
-            self._remember(qkv, places, copies)
+        lengths = attention_mask.sum(dim=1) - prefix
+        prompts = Prompts(
+            layers=layers,
+            prefix=prefix,
+            places=_own_places(packed, lengths),
+            lengths=lengths,
+            copies=copies,
+            room=self._room,
+        )
+        self._cache = key_values(prompts, self._decoder.shape)
         return self._head.scores_of_few(states).repeat_interleave(copies, dim=0)
 
-    def _remember(self, qkv: Tensor, places: Tensor, copies: int) -> None:
-        """Keys and values of one layer's prompts, with room for the responses."""
-        decoder = self._decoder
-        kv, size = decoder.kv_heads, decoder.head_size
-        parts = qkv[:, decoder.heads * size :].unflatten(1, (2, kv, size))
-        keys, values = parts[: self._prefix].permute(1, 2, 0, 3).contiguous()
-        self._shared.append((keys, values))
-        rows, columns = places.shape
-        room = qkv.new_zeros(2, rows * copies, kv, columns + self._room, size)
-        own = parts[places].permute(2, 0, 3, 1, 4)
-        room[:, :, :, :columns] = own.repeat_interleave(copies, dim=1)
-        self._cache.append((room[0], room[1]))
-
     def step(self, tokens: Tensor) -> Tensor:
-        """Scores z/τ [B, V] after one more token of each sequence; [B] in."""
-        decoder = self._decoder
-        rotation = decoder.rotation(self._prefix + self._lengths)
-        longest = int(self._lengths.max()) + 1
-        columns = torch.arange(longest, device=tokens.device)
-        is_ahead = columns > self._lengths[:, None]
+        """Scores z/τ [B, V] after one more token of each sequence; [B] in.
+
+        On a GPU they stay what they are until the next step.
+        """
+        if not self._is_recordable:
+            scores = self._scores(tokens)
+        else:
+            if self._recorded is None:
+                self._recorded = _RecordedStep(self._scores, tokens)
+            scores = self._recorded.play(tokens)
+        self._cache.advance()
+        return scores
+
+    def _scores(self, tokens: Tensor) -> Tensor:
+        decoder, cache = self._decoder, self._cache
+        rotation = decoder.rotation(cache.positions)
+        turned = decoder.shape.queries + decoder.shape.keys
         hidden = decoder.embedded(tokens)
         for number, layer in enumerate(decoder.layers):
             adapters = self._adapters[number]
-            normed = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
-            qkv = _columns(layer.qkv, normed, adapters[0])
-            attended = self._attend(number, qkv, rotation, is_ahead)
-            hidden = _columns(layer.output, attended, adapters[1]).add_(hidden)
-            normed = rms_norm(hidden, layer.mlp_norm, decoder.epsilon)
-            gate, up = _columns(layer.gate_up, normed, adapters[2]).chunk(2, dim=1)
+            normed, _ = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
+            qkv = _outputs(layer.qkv, normed, adapters[0])
+            heads = qkv.unflatten(1, (-1, decoder.shape.size)).contiguous()
+            rotation.turn(heads[:, :turned])
+            attended = cache.attend(number, heads)
+            hidden = _outputs(layer.output, attended, adapters[1], onto=hidden)
+            normed, _ = rms_norm(hidden, layer.mlp_norm, decoder.epsilon)
+            gate, up = _outputs(layer.gate_up, normed, adapters[2]).chunk(2, dim=1)
             product = nn.functional.silu(gate).mul_(up)
-            hidden = _columns(layer.down, product, adapters[3]).add_(hidden)
-        self._lengths = self._lengths + 1
-        states = rms_norm(hidden, decoder.norm, decoder.epsilon)
+            hidden = _outputs(layer.down, product, adapters[3], onto=hidden)
+        states, _ = rms_norm(hidden, decoder.norm, decoder.epsilon)
         return self._head.scores_of_few(states)
-
-    def _attend(self, number: int, qkv: Tensor, rotation: Rotation, is_ahead: Tensor) -> Tensor:
-        """One token of each sequence looks back, [B, heads·d]; its key and value are kept."""
-        decoder = self._decoder
-        kv, size = decoder.kv_heads, decoder.head_size
-        heads = qkv.unflatten(1, (-1, size)).contiguous()
-        rotation.turn(heads[:, : decoder.heads + kv])
-        queries, new_keys, new_values = heads.split([decoder.heads, kv, kv], dim=1)
-        keys, values = self._cache[number]
-        rows = torch.arange(len(heads), device=heads.device)
-        keys[rows, :, self._lengths] = new_keys
-        values[rows, :, self._lengths] = new_values
-        keys, values = (each[:, :, : is_ahead.shape[1]] for each in (keys, values))
-        queries = queries.unflatten(1, (kv, -1)) * size**-0.5
-        scores = queries @ keys.transpose(2, 3)
-        scores = scores.masked_fill(is_ahead[:, None, None], -torch.inf)
-        if self._prefix:
-            shared_keys, shared_values = self._shared[number]
-            together = queries.transpose(0, 1).flatten(1, 2)
-            of_shared = (together @ shared_keys.transpose(1, 2)).unflatten(1, (len(heads), -1))
-            scores = torch.cat([of_shared.transpose(0, 1), scores], dim=3)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(decoder.dtype)
-        mixed = weights[..., self._prefix :] @ values
-        if self._prefix:
-            of_shared = weights[..., : self._prefix].transpose(0, 1).flatten(1, 2) @ shared_values
-            mixed += of_shared.unflatten(1, (len(heads), -1)).transpose(0, 1)
-        return mixed.flatten(1)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the numbered sequences alone; [B'] int64."""
-        self._lengths = self._lengths[rows]
-        self._cache = [(keys[rows], values[rows]) for keys, values in self._cache]
+        self._recorded = None
+        self._cache.keep(rows)
 
 
-def _columns(group: LinearGroup, inputs: Tensor, adapters: GroupAdapters) -> Tensor:
-    """A group's outputs [N, Σ out] for few tokens [N, in], computed as columns."""
+class _RecordedStep:
+    """The work on one token of each sequence as a CUDA graph.
+
+    Its hundreds of small kernels take longer to start from Python than to run.
+    """
+
+    def __init__(self, scores: Callable[[Tensor], Tensor], tokens: Tensor) -> None:
+        self._tokens = tokens.clone()
+        before = torch.cuda.current_stream()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(before)
+        with torch.cuda.stream(aside):
+            scores(self._tokens)  # sets kernels up; what it writes is written again
+        before.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = scores(self._tokens)
+
+    def play(self, tokens: Tensor) -> Tensor:
+        """What `scores` gives for these tokens."""
+        self._tokens.copy_(tokens)
+        self._graph.replay()
+        return self._result
+
+
+def _adapters_for(decoder: Decoder, name: str | None) -> list[list[GroupAdapters]]:
+    """Each layer's; on a GPU, where the number of products counts, one addition a group."""
+    found = decoder.group_adapters(name)
+    if not decoder.norm.is_cuda:
+        return found
+    return [
+        [
+            adapters.joined(len(group.weight))
+            for group, adapters in zip(layer.groups, of_layer, strict=True)
+        ]
+        for layer, of_layer in zip(decoder.layers, found, strict=True)
+    ]
+
+
+def _outputs(
+    group: LinearGroup, inputs: Tensor, adapters: GroupAdapters, *, onto: Tensor | None = None
+) -> Tensor:
+    """A group's outputs [N, Σ out] for few tokens [N, in]; on a CPU computed as columns."""
+    if inputs.is_cuda:
+        return group.forward(inputs, adapters, onto=onto)[0]
     result = group.weight @ inputs.t()
     if group.bias is not None:
         result += group.bias[:, None]
     if adapters.down is not None:
         inner = adapters.down @ inputs.t()
-        for part, rank, up in adapters.ups:
-            result[part].addmm_(up, inner[rank])
-    return result.t()
+        for columns, rank, up in adapters.additions:
+            result[columns].addmm_(up, inner[rank])
+    return result.t() if onto is None else onto + result.t()
 
 
 def _own_places(packed: Packed, lengths: Tensor) -> Tensor:
@@ -167,6 +210,11 @@ class ModelGeneration:
         self._cache: Any = None
         self._mask: Tensor
         self._positions: Tensor
+
+    @property
+    def patience(self) -> Patience:
+        """When finished sequences are worth a thought."""
+        return _STEP_BY_STEP
 
     def start(self, tokens: Tensor, attention_mask: Tensor, *, copies: int) -> Tensor:
         """Scores [B·copies, V] after prompts [B, P]; copies of a prompt stand side by side."""

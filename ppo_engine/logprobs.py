@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_engine.packing import FEWEST_TOKENS
+from ppo_engine.products import wide_product
 
 
 class TokenLogprobs(NamedTuple):
@@ -57,13 +58,17 @@ class OutputHead(NamedTuple):
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V], at least fp32 whatever the model's format is."""
-        wide = torch.promote_types(states.dtype, torch.float32)
-        return self._scaled(states.to(wide) @ self.weight.to(wide).t())
+        return self._scaled(wide_product(states, self.weight.t()))
 
     def scores_of_few(self, states: Tensor) -> Tensor:
         """The same, faster for few tokens: with the weights on the left of the product."""
-        wide = torch.promote_types(states.dtype, torch.float32)
-        return self._scaled((self.weight.to(wide) @ states.to(wide).t()).t().contiguous())
+        if states.is_cuda:
+            return self.scores(states)
+        return self._scaled(wide_product(self.weight, states.t()).t().contiguous())
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        """Σ_v weight·W_v for weights [N, V] -> [N, H]; in the format of the head's products."""
+        return wide_product(weights.to(self.weight.dtype), self.weight)
 
     def _scaled(self, scores: Tensor) -> Tensor:
         if self.bias is not None:
@@ -135,11 +140,11 @@ class _Walk:
 
     def __init__(self, states: Tensor, tokens: Tensor) -> None:
         missing = max(0, FEWEST_TOKENS - len(states))
-        wide = torch.promote_types(states.dtype, torch.float32)
-        self.states = nn.functional.pad(states, (0, 0, 0, missing)).to(wide)
+        self.states = nn.functional.pad(states, (0, 0, 0, missing))
         """[N, H], filled up."""
         self._tokens = nn.functional.pad(tokens, (0, missing))
-        zeros = self.states.new_zeros(len(self.states))
+        wide = torch.promote_types(states.dtype, torch.float32)
+        zeros = self.states.new_zeros(len(self.states), dtype=wide)
         self.top = zeros - torch.inf
         """Highest score."""
         self.total = zeros
@@ -197,17 +202,18 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         walk = _Walk(states, tokens)
         # Σ exp(z − top)·W and Σ exp(z − top)·(z − top)·W, [N, H].
-        plain, weighted = (torch.zeros_like(walk.states) if each else None for each in wanted)
+        plain, weighted = (
+            torch.zeros_like(walk.states, dtype=walk.top.dtype) if each else None for each in wanted
+        )
         for start, block in head.blocks():
             before, scores = walk.top, block.scores(walk.states)
             weights = walk.take_in(start, scores)
-            weight = block.weight.to(weights.dtype)
             if plain is not None:
                 shift = torch.where(before > -torch.inf, before - walk.top, 0.0)[:, None]
                 if weighted is not None:
                     weighted.addcmul_(plain, shift).mul_(shift.exp())
-                    weighted.addmm_(scores.mul_(weights), weight)
-                plain.mul_(shift.exp()).addmm_(weights, weight)
+                    weighted.add_(block.mixed(scores.mul_(weights)))
+                plain.mul_(shift.exp()).add_(block.mixed(weights))
         real = len(states)
         if plain is not None:
             total = walk.total[:, None]

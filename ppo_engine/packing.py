@@ -47,7 +47,9 @@ class Packed:
     prefix: int
     """Leading tokens of the sequence that belong to every row."""
     rectangles: tuple[Rectangle, ...]
-    """The rows' own tokens; filler, too, behind the last row."""
+    """The rows' own tokens."""
+    filler: int
+    """Tokens behind the last row, which belong to none."""
     kept: Tensor
     """[n] int64; places whose states are read, row by row, column by column; then filler."""
     num_kept: int
@@ -121,11 +123,10 @@ def pack(attention_mask: Tensor, read: Tensor, *, prefix: int, pad_to: int = 0) 
         sources += [*own, *[own[-1]] * filler]
         is_real += [True] * len(own) + [False] * filler
         positions += range(prefix, prefix + width)
-    if (missing := max(pad_to, FEWEST_TOKENS) - len(sources)) > 0:
-        rectangles.append(Rectangle(len(sources), missing, 1))
-        sources += [sources[-1]] * missing
-        is_real += [False] * missing
-        positions += [prefix] * missing
+    missing = max(0, max(pad_to, FEWEST_TOKENS) - len(sources))
+    sources += [sources[-1]] * missing
+    is_real += [False] * missing
+    positions += [prefix] * missing
     kept = [starts[row] + place for row in used for place in reads[row]]
     num_kept = len(kept)
     kept += [kept[-1]] * (max(pad_to, FEWEST_TOKENS) - num_kept)
@@ -136,6 +137,7 @@ def pack(attention_mask: Tensor, read: Tensor, *, prefix: int, pad_to: int = 0) 
         positions=torch.tensor(positions, device=device),
         prefix=prefix,
         rectangles=tuple(rectangles),
+        filler=missing,
         kept=torch.tensor(kept, device=device),
         num_kept=num_kept,
         beginnings=torch.tensor([row * columns + first[row] for row in used], device=device),

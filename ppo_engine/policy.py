@@ -140,12 +140,16 @@ class CausalPolicy:
         self._sampling_adapter = _POLICY if isinstance(model, PeftModel) else None
         bias = self._output.bias
         self._head = OutputHead(
-            # fp32 from the scores on, whatever the base is; converted once.
-            weight=self._output.weight.detach().float(),
+            weight=self._head_weight(),
             bias=None if bias is None else bias.detach().float(),
             temperature=temperature,
             block_entries=_BLOCK_ENTRIES.get(self.device.type, _CPU_BLOCK_ENTRIES),
         )
+
+    def _head_weight(self) -> Tensor:
+        """Scores are fp32 whatever the base is; a CPU needs fp32 weights for that."""
+        weight: Tensor = self._output.weight.detach()
+        return weight if self.device.type == "cuda" else weight.float()
 
     @property
     def device(self) -> torch.device:
@@ -318,7 +322,7 @@ class Policy(CausalPolicy):
         rows = rows._replace(boundary=boundary)
         states = self._states(rows, _POLICY)
         result = head_logprobs(
-            states.float(),
+            states,
             _chosen(tokens, response_mask),
             self._head,
             entropy_gradient=entropy_gradient,
@@ -353,8 +357,8 @@ class Policy(CausalPolicy):
         is_chosen = read[read | is_last]
         states = self._states(rows, _POLICY)
         found = head_comparison(
-            states[is_chosen].float(),
-            self._states(rows, self._reference)[is_chosen].float(),
+            states[is_chosen],
+            self._states(rows, self._reference)[is_chosen],
             _chosen(tokens, response_mask),
             self._head,
         )

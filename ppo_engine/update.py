@@ -107,7 +107,11 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
         {"params": list(policy.value_parameters().values()), "lr": config.value_learning_rate},
     ]
     return torch.optim.AdamW(
-        groups, betas=ADAM_BETAS, eps=ADAM_EPSILON, weight_decay=config.weight_decay
+        groups,
+        betas=ADAM_BETAS,
+        eps=ADAM_EPSILON,
+        weight_decay=config.weight_decay,
+        fused=True if policy.device.type == "cuda" else None,
     )
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from ppo_engine.attention import FusedAttention, HeadShape, PlainAttention
 from ppo_engine.checkpoint import restore_checkpoint, save_checkpoint
 from ppo_engine.config import TrainConfig
 from ppo_engine.export import BaseModelRef
+from ppo_engine.packing import pack
 from ppo_engine.policy import BaseModel, Policy
+from ppo_engine.sampling import Sampler
 from ppo_engine.trainer import Trainer
 from tests.tiny_model import make_tiny_model
 from tests.tiny_run import AsciiShare, tiny_config, tiny_prompts, tiny_trainer
@@ -24,6 +27,8 @@ pytestmark = [
 # fp32 matrix products of two devices add in another order.
 CLOSE = 2e-3
 NOISE = 1e-5
+# bf16 keeps eight bits of a number of about one.
+ROUNDED = 0.03
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +123,52 @@ def test_peak_memory_is_that_of_the_device(model: Path) -> None:
     report = next(cuda_trainer(model, tiny_config()).steps())
 
     assert report.values["peak_memory_bytes"] == torch.cuda.max_memory_allocated()
+
+
+SHAPE = HeadShape(queries=6, keys=2, size=16)
+
+
+@pytest.mark.parametrize("prefix", [0, 16])
+def test_the_fused_attention_is_the_plain_one(prefix: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 9, (5, 40), generator=generator)
+    tokens[:, :prefix] = 1
+    mask = torch.ones(5, 40, dtype=torch.bool)
+    read = torch.zeros_like(mask)
+    for row, (start, end) in enumerate([(20, 40), (20, 38), (30, 33), (20, 38), (25, 36)]):
+        read[row, start:end] = True
+    packed = pack(mask.cuda(), read.cuda(), prefix=prefix, pad_to=256)
+    wide = torch.randn(len(packed.sources), sum(SHAPE.widths), generator=generator).cuda()
+    of_result = torch.randn(len(wide), SHAPE.widths[0], generator=generator).cuda()
+    of_result[~packed.is_real] = 0
+
+    plain = PlainAttention(packed, SHAPE, wide)
+    expected = plain.forward(wide)
+    of_wide = plain.backward(wide, expected, of_result)
+    fused = FusedAttention(packed, SHAPE)
+    found = fused.forward(wide.bfloat16())
+    of_half = fused.backward(wide.bfloat16(), found, of_result.bfloat16())
+
+    real = packed.is_real
+    assert (found.result[real].float() - expected.result[real]).abs().max() < ROUNDED
+    assert (of_half.float() - of_wide)[real].abs().max() < ROUNDED * of_wide.abs().max()
+
+
+def test_sampling_knows_the_log_probabilities_of_its_tokens(model: Path) -> None:
+    base = BaseModel.load(model, precision="bf16", device="cuda")
+    # Many rows stop early: recorded steps are recorded anew for those that go on.
+    base = dataclasses.replace(base, stop_ids=tuple(range(0, 258, 9)))
+    policy = Policy(base, tiny_config().lora, temperature=1.0, seed=0)
+    for name, weight in policy.adapter_parameters().items():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.05)
+    sampler = Sampler(policy=policy, max_response_tokens=24)
+    samples = sampler.sample(tiny_prompts(base), torch.Generator().manual_seed(1), group_size=3)
+
+    found = policy.evaluate(samples.tokens, samples.attention_mask, samples.response_mask)
+
+    lengths = samples.response_mask.sum(dim=1)
+    assert lengths.min() < 8 < lengths.max()
+    apart = (found.logprobs - samples.behavior_logprobs)[samples.response_mask].abs()
+    assert apart.max() < ROUNDED
+    assert apart.mean() < ROUNDED / 10

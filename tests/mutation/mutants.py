@@ -547,7 +547,7 @@ MUTANTS = (
     # Our own decoder
     Mutant(
         name="a token sees the one ahead",
-        file="decoder.py",
+        file="attention.py",
         old=".triu(diagonal=1)",
         new=".triu(diagonal=2)",
         killers=(LIKE_TRANSFORMERS,),
@@ -562,13 +562,13 @@ MUTANTS = (
     Mutant(
         name="an adapter's gradient forgets its scale",
         file="decoder.py",
-        old="inner[:, rank] * scale]",
-        new="inner[:, rank]]",
+        old="torch._foreach_mul_(flat[1::2], work.scales)",
+        new="torch._foreach_mul_(flat[1::2], 1.0)",
         killers=(LIKE_TRANSFORMERS,),
     ),
     Mutant(
         name="only the first row teaches the shared beginning",
-        file="decoder.py",
+        file="attention.py",
         old="by_row[:, :prefix].sum(dim=0)",
         new="by_row[:1, :prefix].sum(dim=0)",
         killers=(LIKE_TRANSFORMERS,),

@@ -1,9 +1,15 @@
 """Both ways of generating, against transformers' `generate` and against each other."""
 
+import dataclasses
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from ppo_engine import generation as engine
 from ppo_engine.decoder import Decoder
+from ppo_engine.generation import Patience
 from ppo_engine.sampling import Sampler
 from tests.tiny_run import tiny_config, tiny_policy, tiny_prompts
 
@@ -99,6 +105,57 @@ def test_both_ways_draw_the_same_answers(tiny_model, monkeypatch):
     torch.testing.assert_close(
         ours.behavior_logprobs, theirs.behavior_logprobs, rtol=0, atol=TOLERANCE
     )
+
+
+def test_how_often_ends_are_looked_at_changes_no_answer(tiny_model, monkeypatch):
+    answers = []
+    for patience in (Patience(steps=1, share=0.125), Patience(steps=8, share=0.5)):
+        monkeypatch.setattr(engine, "_STEP_BY_STEP", patience)
+        policy = tiny_policy(tiny_model, tiny_config())
+        policy.base = dataclasses.replace(policy.base, stop_ids=tuple(range(0, 258, 9)))
+        sampler = Sampler(policy=policy, max_response_tokens=200)
+        prompts = tiny_prompts(policy.base, UNLIKE * 3)
+        # Until all have ended: not at a number of tokens that is looked at.
+        answers.append(sampler.sample(prompts, torch.Generator().manual_seed(9)))
+
+    often, seldom = answers
+    assert not often.is_truncated.any()
+    assert often.response_mask.shape[1] % 8 != 0
+    assert torch.equal(often.tokens, seldom.tokens)
+    torch.testing.assert_close(
+        often.behavior_logprobs, seldom.behavior_logprobs, rtol=0, atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_joined_adapters_add_what_separate_ones_do(bias):
+    config = Qwen2Config if bias else LlamaConfig
+    model = AutoModelForCausalLM.from_config(
+        config(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    settings = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "down_proj"])
+    peft = get_peft_model(model, settings)
+    for parameter in peft.parameters():
+        torch.nn.init.normal_(parameter)
+    decoder = Decoder(peft.get_base_model())
+    for layer, of_layer in zip(decoder.layers, decoder.group_adapters("default"), strict=True):
+        for group, adapters in zip(layer.groups, of_layer, strict=True):
+            inputs = torch.randn(5, group.weight.shape[1])
+            onto = torch.randn(5, len(group.weight))
+            expected, inner = group.forward(inputs, adapters)
+
+            found, same = group.forward(inputs, adapters.joined(len(group.weight)), onto=onto)
+
+            torch.testing.assert_close(found - onto, expected, rtol=1e-5, atol=1e-4)
+            assert (inner is None) == (same is None)
 
 
 def test_finished_rows_are_dropped(tiny_model, monkeypatch):

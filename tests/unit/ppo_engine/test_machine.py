@@ -57,7 +57,7 @@ def test_the_memory_of_a_token_is_what_the_backward_pass_keeps(tiny_model):
     tensors = [
         tensor
         for layer in held[0]
-        for tensor in (layer.inputs, layer.qkv, layer.attended, layer.middle, layer.gate_up)
+        for tensor in (layer.inputs, layer.qkv, layer.attended.result, layer.middle, layer.gate_up)
     ]
     assert len(tensors) == 2 * 5
     assert sum(tensor.nbytes for tensor in tensors) == estimated * 320

@@ -103,6 +103,26 @@ def test_draws_follow_the_probabilities_and_never_land_on_zero():
     assert torch.allclose(shares[[1, 3, 4]], torch.tensor([0.5, 0.3, 0.2]), atol=0.0125)
 
 
+def test_a_draw_is_where_the_sums_of_a_long_row_exceed_the_number():
+    generator = torch.Generator().manual_seed(2)
+    probabilities = torch.rand(300, 1300, generator=generator)
+    probabilities[:, 500:1100] = 0  # more than a block, and not at its edges
+    probabilities[0::2, 1200:] = 0
+    probabilities /= probabilities.sum(dim=1, keepdim=True)
+    uniform = torch.rand(300, generator=generator)
+    uniform[:4] = torch.tensor([0.0, 0.0, 1 - 2**-24, 1 - 2**-24])
+
+    drawn = draw(probabilities, uniform)
+
+    sums = probabilities.double().cumsum(dim=1)
+    at = sums.gather(1, drawn[:, None]).squeeze(1)
+    share = probabilities.double().gather(1, drawn[:, None]).squeeze(1)
+    assert (share > 0).all()
+    # fp32 sums of a thousand numbers.
+    assert (at - share - 1e-5 <= uniform).all()
+    assert (uniform <= at + 1e-5).all()
+
+
 def test_the_reference_ignores_the_adapter(tiny_model):
     policy, samples = _sampled(tiny_model)
     inputs = (samples.tokens, samples.attention_mask, samples.response_mask)
