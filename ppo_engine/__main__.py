@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +38,13 @@ from ppo_engine.errors import (
 from ppo_engine.export import RunSummary, export_result, read_adapter
 from ppo_engine.graders.catalog import build_grader
 from ppo_engine.health import self_check_event
-from ppo_engine.machine import faster_precision, gemm_gflops, micro_batch_rows
+from ppo_engine.machine import (
+    faster_precision,
+    free_bytes,
+    gemm_gflops,
+    micro_batch_rows,
+    step_bytes,
+)
 from ppo_engine.policy import BaseModel, CausalPolicy, Policy
 from ppo_engine.prompts import EncodedPrompt, load_prompts
 from ppo_engine.reports import EngineEvent, StepReport
@@ -194,14 +200,23 @@ def _make_trainer(run: RunFile, directory: RunDirectory) -> Trainer:
     train, validation = (
         _load_prompts(run, base, name, config.max_prompt_tokens) for name in ("train", "validation")
     )
+    longest = max(len(prompt.token_ids) for prompt in train) + config.max_response_tokens
     if "micro_batch_size" in left_open:
-        longest = max(len(prompt.token_ids) for prompt in train) + config.max_response_tokens
         rows = micro_batch_rows(
             base.model, run.device, longest_row=longest, minibatch_size=config.minibatch_size
         )
         config = dataclasses.replace(config, micro_batch_size=rows)
     if left_open:
-        directory.write_event(0, _measured_event(config, left_open, speeds))
+        needed = step_bytes(
+            base.model,
+            run.device,
+            responses=config.batch_size * config.group_size,
+            micro_batch_rows=config.micro_batch_size,
+            longest_row=longest,
+            response_tokens=config.max_response_tokens,
+        )
+        memory = Memory(needed=needed, free=free_bytes(run.device))
+        directory.write_event(0, _measured_event(config, left_open, speeds, memory))
     policy = Policy(
         base,
         config.lora,
@@ -221,8 +236,28 @@ _MEASURED = ("precision", "micro_batch_size")
 _FILES = {"train": "training_file", "validation": "validation_file"}
 
 
+class Memory(NamedTuple):
+    """In bytes."""
+
+    needed: int
+    """By a step, on top of the model; estimated."""
+    free: int
+
+    def __str__(self) -> str:
+        needed, free = (number / 2**30 for number in self)
+        text = f"a step needs about {needed:.1f} GiB on top of the model, {free:.1f} GiB are free"
+        if self.is_enough:
+            return text
+        return f"{text}: lower batch_size, micro_batch_size or max_response_tokens"
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether it may be expected to fit."""
+        return self.needed <= self.free
+
+
 def _measured_event(
-    config: TrainConfig, left_open: list[str], speeds: dict[str, float]
+    config: TrainConfig, left_open: list[str], speeds: dict[str, float], memory: Memory
 ) -> EngineEvent:
     """Tells what was left to this machine, so that later attempts take the same."""
     found = {name: getattr(config, name) for name in left_open}
@@ -230,10 +265,12 @@ def _measured_event(
     if speeds:
         words += " ({fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16)".format(**speeds)
     return EngineEvent(
-        level="info",
+        level="info" if memory.is_enough else "warn",
         code="settings.measured",
-        message=f"chosen for this machine: {words}",
-        data=found | {f"gflops.{name}": round(value, 1) for name, value in speeds.items()},
+        message=f"chosen for this machine: {words}; {memory}",
+        data=found
+        | {f"gflops.{name}": round(value, 1) for name, value in speeds.items()}
+        | {f"memory.{name}_bytes": value for name, value in memory._asdict().items()},
     )
 
 

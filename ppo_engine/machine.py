@@ -21,6 +21,11 @@ _CPU_TOKENS = 1024
 """Tokens of a micro-batch beyond which measured steps get no faster."""
 _SHARE_OF_MEMORY = 0.5
 """Of what is free, for the activations of one micro-batch."""
+_BLOCK_ENTRIES = {"cuda": 16_384}
+_CPU_BLOCK_ENTRIES = 2048
+_SCORE_BYTES = 4
+_SCORES_AT_ONCE = 3
+"""Tensors as large as the scores that are held at the same time."""
 
 
 def gemm_gflops(device: str) -> dict[str, float]:
@@ -61,17 +66,14 @@ def micro_batch_rows(model: Any, device: str, *, longest_row: int, minibatch_siz
     As many as make the step faster, as the free memory holds, and as a minibatch has.
     """
     by_speed = _TOKENS.get(device, _CPU_TOKENS)
-    by_memory = int(_SHARE_OF_MEMORY * _free_bytes(device) / bytes_per_token(model))
+    by_memory = int(_SHARE_OF_MEMORY * free_bytes(device) / bytes_per_token(model))
     return max(1, min(minibatch_size, min(by_speed, by_memory) // longest_row))
 
 
 def bytes_per_token(model: Any) -> int:
     """Memory that one token holds between the forward and the backward pass, estimated."""
     config = model.config
-    heads = config.num_attention_heads
-    # What other families do not name: as many key heads as heads, a hidden layer four times wide.
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv, head_size = _head_shape(config)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     attention = 2 * (heads + kv) * head_size
     layer = 2 * config.hidden_size + attention + 2 * inner
@@ -79,7 +81,45 @@ def bytes_per_token(model: Any) -> int:
     return size
 
 
-def _free_bytes(device: str) -> int:
+def _head_shape(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and their size; some families name the first alone."""
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def block_entries(device: str) -> int:
+    """Vocabulary entries whose scores are held at once; on a CPU they stay in its caches."""
+    return _BLOCK_ENTRIES.get(device, _CPU_BLOCK_ENTRIES)
+
+
+def step_bytes(
+    model: Any,
+    device: str,
+    *,
+    responses: int,
+    micro_batch_rows: int,
+    longest_row: int,
+    response_tokens: int,
+) -> int:
+    """Most memory that a step takes on top of the weights, estimated.
+
+    The larger one of sampling's, keys and values with whole rows of scores, and learning's,
+    activations with a block of scores.
+    """
+    config = model.config
+    _, kv, head_size = _head_shape(config)
+    cache = 2 * kv * head_size * config.num_hidden_layers * model.dtype.itemsize
+    scores = _SCORES_AT_ONCE * _SCORE_BYTES
+    sampling = responses * (longest_row * cache + config.vocab_size * scores)
+    block = min(config.vocab_size, block_entries(device)) * scores
+    learning = micro_batch_rows * (longest_row * bytes_per_token(model) + response_tokens * block)
+    needed: int = max(sampling, learning)
+    return needed
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be taken: of the device, or within the system's and container's."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return min(_available_bytes(), _group_limit_bytes())

@@ -26,12 +26,10 @@ from ppo_engine.decoder import Decoder
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
 from ppo_engine.generation import DecoderGeneration, Generation, ModelGeneration, position_ids
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
+from ppo_engine.machine import block_entries
 from ppo_engine.packing import Packed, common_prefix, pack
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_BLOCK_ENTRIES = {"cuda": 16_384}
-_CPU_BLOCK_ENTRIES = 2048
-"""Vocabulary entries whose scores are held at once; on a CPU they are to stay in its caches."""
 _POLICY, _CRITIC, _REFERENCE = "default", "critic", "kl_reference"
 """Names of the adapters."""
 
@@ -143,7 +141,7 @@ class CausalPolicy:
             weight=self._head_weight(),
             bias=None if bias is None else bias.detach().float(),
             temperature=temperature,
-            block_entries=_BLOCK_ENTRIES.get(self.device.type, _CPU_BLOCK_ENTRIES),
+            block_entries=block_entries(self.device.type),
         )
 
     def _head_weight(self) -> Tensor:

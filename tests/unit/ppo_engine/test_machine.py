@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ppo_engine import machine
+from ppo_engine.__main__ import Memory, _measured_event
 from ppo_engine.decoder import Decoder, _Stack
 from ppo_engine.packing import pack
 from ppo_engine.policy import BaseModel, Policy
@@ -76,7 +77,7 @@ def test_a_micro_batch_is_bounded_by_speed_memory_and_the_minibatch(
     monkeypatch, free, longest, minibatch, rows
 ):
     model = tiny_llama()
-    monkeypatch.setattr(machine, "_free_bytes", lambda _device: free)
+    monkeypatch.setattr(machine, "free_bytes", lambda _device: free)
     # By hand: 3 layers × (2·8 + 2·(4 + 2)·2 + 2·16) values of 4 bytes, 864 bytes.
     assert machine.bytes_per_token(model) == 864
     monkeypatch.setattr(machine, "bytes_per_token", lambda _model: 1152)
@@ -97,4 +98,39 @@ def test_free_memory_respects_the_containers_limit(monkeypatch):
     monkeypatch.setattr(machine, "_available_bytes", lambda: 1000)
     monkeypatch.setattr(machine, "_group_limit_bytes", lambda: 300)
 
-    assert machine._free_bytes("cpu") == 300
+    assert machine.free_bytes("cpu") == 300
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        # By hand: 4 rows of 30 tokens with 864 bytes, and 20 tokens' 50 scores of 4 bytes, thrice.
+        (4, 4 * (30 * 864 + 20 * 50 * 12)),
+        # Keys and values: 30 tokens × 3 layers × 2 × 2 heads × 2 numbers of 4 bytes; 50 scores.
+        (900, 900 * (30 * 96 + 50 * 12)),
+    ],
+)
+def test_a_step_takes_what_its_larger_part_takes(responses, expected):
+    found = machine.step_bytes(
+        tiny_llama(),
+        "cpu",
+        responses=responses,
+        micro_batch_rows=4,
+        longest_row=30,
+        response_tokens=20,
+    )
+
+    assert found == expected
+
+
+@pytest.mark.parametrize(("free", "level"), [(3 * 2**30, "info"), (2**30, "warn")])
+def test_a_step_that_may_not_fit_is_told_beforehand(free, level):
+    config = tiny_config(micro_batch_size=4)
+
+    event = _measured_event(config, ["micro_batch_size"], {}, Memory(2 * 2**30, free))
+
+    assert event.level == level
+    assert "needs about 2.0 GiB" in event.message
+    assert ("lower batch_size" in event.message) == (level == "warn")
+    assert event.data["micro_batch_size"] == 4
+    assert event.data["memory.needed_bytes"] == 2 * 2**30
