@@ -496,5 +496,15 @@ def _job_error(code: str, message: str, param: str | None) -> JobError:
 
 def _told(end: TrainerEnd) -> tuple[str, str]:
     """Reason and message of a crash."""
-    message = (end.error or {}).get("message") or f"the trainer ended with {end.reason}"
+    message = (end.error or {}).get("message") or _silent_end(end)
     return end.reason, str(message)
+
+
+def _silent_end(end: TrainerEnd) -> str:
+    """What a trainer that said nothing may have ended of."""
+    if end.reason == "SIGKILL":
+        return (
+            "the trainer was killed (SIGKILL), as systems do when memory runs out; if it happens "
+            "again, lower micro_batch_size or max_response_tokens"
+        )
+    return f"the trainer ended with {end.reason}"

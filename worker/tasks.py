@@ -20,7 +20,6 @@ from celery.signals import setup_logging, task_failure, worker_process_init, wor
 from core import attempts
 from core.db import Database
 from core.dispatch import TASK_NAME
-from core.errors import DatabaseUnavailable
 from core.models_catalog import ModelCatalog
 from core.storage import ArtifactStore
 from worker import supervisor
@@ -94,7 +93,7 @@ def release_claim(settings: WorkerSettings, task_id: str) -> None:
     try:
         with database.begin() as tx:
             ended = attempts.release_claim(tx, task_id, message="the worker's process died")
-    except DatabaseUnavailable:
+    except NO_ANSWER:
         log.warning("claim.left_to_the_reaper", task_id=task_id)
         return
     finally:

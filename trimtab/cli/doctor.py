@@ -82,14 +82,20 @@ def _servers(home: Home) -> Iterator[Line]:
         remedy = "install trimtab[server] to have them checked"
         yield Line(check="servers", verdict="doubtful", found="not checked", remedy=remedy)
         return
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "api.doctor"],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=SERVER_SECONDS,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "api.doctor"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=SERVER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        found = f"no answer within {SERVER_SECONDS} s"
+        remedy = "see whether their hosts can be reached from here"
+        yield Line(check="servers", verdict="bad", found=found, remedy=remedy)
+        return
     if not done.stdout:
         reason = done.stderr.strip().rpartition("\n")[2] or f"code {done.returncode}"
         yield Line(check="servers", verdict="bad", found=reason, remedy="reinstall trimtab[server]")
@@ -98,9 +104,13 @@ def _servers(home: Home) -> Iterator[Line]:
 
 
 def _addresses(home: Home) -> Mapping[str, str] | None:
-    """Nothing to add when the environment names the servers; those of the local stack; or None."""
-    wanted = ("DATABASE_URL", "REDIS_URL")
-    if all(name in os.environ or f"{name}_FILE" in os.environ for name in wanted):
+    """What the environment does not name of the servers: from the local stack, or None."""
+    unnamed = {
+        name
+        for name in ("DATABASE_URL", "REDIS_URL")
+        if name not in os.environ and f"{name}_FILE" not in os.environ
+    }
+    if not unnamed:
         return {}
     from trimtab.embedded import EmbeddedServers
 
@@ -108,7 +118,8 @@ def _addresses(home: Home) -> Mapping[str, str] | None:
     if not servers.home.secrets_file.exists() or not servers.is_guarded():
         return None
     points = servers.endpoints
-    return {"DATABASE_URL": points.api_url, "REDIS_URL": points.redis_url}
+    local = {"DATABASE_URL": points.api_url, "REDIS_URL": points.redis_url}
+    return {name: local[name] for name in unnamed}
 
 
 def _store(folder: Path) -> Iterator[Line]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner, Result
 
+from trimtab import embedded
+from trimtab.cli import doctor as command
 from trimtab.cli.main import app
+from trimtab.home import Home
 
 ROOT = Path(__file__).parents[3]
 SHA256_OF_WEIGHTS = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
@@ -91,6 +95,38 @@ def test_servers_that_do_not_answer_are_bad(monkeypatch: pytest.MonkeyPatch) -> 
     assert "✗ postgres" in said.stdout
     assert "✗ redis" in said.stdout
     assert "secret" not in said.stdout
+
+
+@pytest.mark.usefixtures("home")
+def test_servers_that_keep_one_waiting_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://trimtab_api:secret@{address}/none")
+        monkeypatch.setenv("REDIS_URL", f"redis://:secret@{address}/0")
+        monkeypatch.setattr(command, "SERVER_SECONDS", 0.2)
+
+        said = doctor()
+
+    assert said.exit_code == 1
+    assert "✗ servers: no answer within 0.2 s" in said.stdout
+
+
+def test_only_what_is_not_named_is_taken_from_the_local_stack(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = SimpleNamespace(
+        home=SimpleNamespace(secrets_file=home),
+        is_guarded=lambda: True,
+        endpoints=SimpleNamespace(api_url="postgresql://local", redis_url="redis://local"),
+    )
+    monkeypatch.setattr(embedded, "EmbeddedServers", lambda _path: stack)
+
+    assert command._addresses(Home(home)) == {
+        "DATABASE_URL": "postgresql://local",
+        "REDIS_URL": "redis://local",
+    }
+    monkeypatch.setenv("DATABASE_URL", "postgresql://elsewhere")
+    assert command._addresses(Home(home)) == {"REDIS_URL": "redis://local"}
 
 
 def test_help_loads_nothing_that_it_does_not_need() -> None:
