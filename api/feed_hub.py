@@ -208,8 +208,8 @@ class FeedHub:
 
     @property
     def num_streams(self) -> int:
-        """Clients that hear from the hub now."""
-        return sum(len(topic.subscriptions) for topic in self._topics.values())
+        """Clients that hear from the hub now; any thread may ask."""
+        return sum(len(topic.subscriptions) for topic in list(self._topics.values()))
 
     async def join(
         self, job_id: UUID, caller: Caller, on_close: Callable[[str], None]

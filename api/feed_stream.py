@@ -24,6 +24,7 @@ from api.feed_hub import (
     FeedHub,
     Frame,
     Subscription,
+    Topic,
     end_frame,
     item_frame,
     status_frame,
@@ -157,8 +158,9 @@ class FeedStream:
             if not (joined := await self._join()):
                 continue
             # What was stored before the hub took this client on; what both bring is dropped below.
-            async for frame in self._history():
-                yield frame
+            if self._is_behind(joined.topic):
+                async for frame in self._history():
+                    yield frame
             async for frame in self._news(joined):
                 yield frame
             return
@@ -175,6 +177,10 @@ class FeedStream:
                 yield status
         elif self._cursor.seq >= self._job.last_seq and (view := await self._read(self._read_view)):
             yield end_frame(view, self._job)
+
+    def _is_behind(self, topic: Topic) -> bool:
+        """Whether the hub has told others what this client has not heard; the rest will be told."""
+        return topic.cursor.seq > self._cursor.seq or topic.told_status != self._told_status
 
     async def _join(self) -> Subscription | None:
         """A place in the hub; None if the job has ended, or the process is about to."""

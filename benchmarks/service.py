@@ -46,6 +46,8 @@ from worker.stream import FeedStream  # noqa: E402
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONNECTIONS = 16
 ROWS = 64
+RESTING_PERCENT = 10
+"""Of a core; less is no work on clients that come."""
 TTL = timedelta(hours=6)
 STREAMS = {1: (1, 10.0), 500: (50, 2.0), 2000: (200, 1.0)}
 """Clients: over how many jobs, and metrics per job and second."""
@@ -358,7 +360,7 @@ async def _measure_streams(place: Place, clients: int, seconds: float) -> Delive
         asyncio.create_task(_listen(place, jobs[number % num_jobs], latencies, expected))
         for number in range(clients)
     ]
-    await _until_open(place, clients)
+    await _until_open(place, listening)
     place.api.cpu_percent()
     publisher = multiprocessing.get_context("spawn").Process(
         target=_publish, args=(place.points, [job_id_of(job) for job in jobs], rate, seconds)
@@ -380,15 +382,17 @@ async def _measure_streams(place: Place, clients: int, seconds: float) -> Delive
     )
 
 
-async def _until_open(place: Place, clients: int) -> None:
-    """Return once the API holds a connection for each client and has read their history."""
+async def _until_open(place: Place, listening: Sequence[asyncio.Task[int]]) -> None:
+    """Return once the API holds a connection for each client and rests: all history is read."""
 
     def num_open() -> int:
         return sum(one.status == "ESTABLISHED" for one in place.api.net_connections())
 
-    while num_open() < clients:  # noqa: ASYNC110 - of another process
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(2 + clients / 500)
+    place.api.cpu_percent()
+    while num_open() < len(listening) or place.api.cpu_percent() > RESTING_PERCENT:
+        if ended := next((one for one in listening if one.done()), None):
+            raise SystemExit(f"a client could not listen: {ended.exception() or ended.result()}")
+        await asyncio.sleep(1)
 
 
 def _rss_mb(place: Place) -> float:
