@@ -1,7 +1,7 @@
 """What routes ask for: the process's services, the caller with a right, the body, the query."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -43,7 +43,7 @@ class Services:
     )
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """The services of this process."""
     services: Services = request.app.state.services
     return services
@@ -71,8 +71,8 @@ def authenticator(services: Services) -> Callable[[str | None], Caller]:
     return authenticate_header
 
 
-def _caller_with(scope: str) -> Callable[[Request], Caller]:
-    def caller(request: Request) -> Caller:
+def _caller_with(scope: str) -> Callable[[Request], Awaitable[Caller]]:
+    async def caller(request: Request) -> Caller:
         found: Caller = request.state.caller
         found.require(scope)
         return found

@@ -9,7 +9,22 @@ from itertools import islice
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, select, true, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    ScalarSelect,
+    Select,
+    Table,
+    Uuid,
+    any_,
+    bindparam,
+    func,
+    select,
+    true,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from core import jobs, models
 from core.artifacts import ADAPTER_PATH, METRICS_PATH
@@ -27,9 +42,6 @@ from core.states import JobStatus
 RECENT_STEPS = 6
 """Steps from which the present speed is read."""
 
-RESULT_PATHS = (METRICS_PATH, ADAPTER_PATH)
-"""Artifacts that OpenAI's `result_files` names, in this order."""
-
 Order = Literal["asc", "desc"]
 
 
@@ -44,33 +56,69 @@ class JobFacts:
     resumed_from_step: int | None
     queue_position: int | None
     result_files: Sequence[UUID]
-    """Ids of `RESULT_PATHS`; empty before they exist."""
+    """Ids of the metrics and of the adapter, as far as they exist: OpenAI's `result_files`."""
     diagnosis: Mapping[str, Any] | None
     """Data of the newest `diagnosis.changed`; None before any."""
 
 
 def facts_of(tx: Connection, found: Sequence[Job]) -> list[JobFacts]:
     """The facts of each job, in the same order."""
-    ids = [job.id for job in found]
-    clock: datetime = tx.execute(select(func.now())).scalar_one()
-    recent = _recent_metrics(tx, ids)
-    resumed = _resumed_from(tx, ids)
-    results = _result_files(tx, ids)
-    diagnoses = _diagnoses(tx, ids)
-    return [
-        JobFacts(
-            now=clock,
-            recent=recent[job.id],
-            resumed_from_step=resumed.get((job.id, job.attempt)),
-            queue_position=jobs.queue_position(tx, job),
-            result_files=results[job.id],
-            diagnosis=diagnoses.get(job.id),
-        )
-        for job in found
-    ]
+    ids = {"ids": [job.id for job in found]}
+    facts = {row.id: row for row in tx.execute(_FACTS, ids)}
+    recent: dict[UUID, list[MetricPoint]] = defaultdict(list)
+    if any(job.attempt for job in found):  # before its first attempt a job has no metrics
+        for row in tx.execute(_RECENT, ids):
+            recent[row.job_id].append(metric_point(row))
+    return [_facts(facts[job.id], recent[job.id]) for job in found]
 
 
-def _recent_metrics(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, list[MetricPoint]]:
+def _facts(row: Row[Any], recent: Sequence[MetricPoint]) -> JobFacts:
+    return JobFacts(
+        now=row.now,
+        recent=recent,
+        resumed_from_step=row.resumed_from_step,
+        queue_position=row.queue_position,
+        result_files=[one for one in (row.metrics_file, row.adapter_file) if one is not None],
+        diagnosis=row.diagnosis,
+    )
+
+
+# Statements of the busiest reads are built once: building takes longer than the database's answer.
+_IDS = bindparam("ids", type_=ARRAY(Uuid))
+
+
+def _facts_statement() -> Select[Any]:
+    job, attempt, event = models.job.c, models.attempt.c, models.job_event.c
+    resumed = select(attempt.resumed_from_step).where(
+        attempt.job_id == job.id, attempt.attempt == job.attempt
+    )
+    diagnosis = (
+        select(event.data)
+        .where(event.job_id == job.id, event.code == EventCode.DIAGNOSIS_CHANGED.value)
+        .order_by(event.seq.desc())
+        .limit(1)
+    )
+    return select(
+        job.id,
+        func.now().label("now"),
+        resumed.scalar_subquery().label("resumed_from_step"),
+        jobs.queue_position().label("queue_position"),
+        _result_file(METRICS_PATH).label("metrics_file"),
+        _result_file(ADAPTER_PATH).label("adapter_file"),
+        diagnosis.scalar_subquery().label("diagnosis"),
+    ).where(job.id == any_(_IDS))
+
+
+def _result_file(path: str) -> ScalarSelect[UUID]:
+    artifact = models.artifact.c
+    return (
+        select(artifact.id)
+        .where(artifact.job_id == models.job.c.id, artifact.path == path)
+        .scalar_subquery()
+    )
+
+
+def _recent_statement() -> Select[Any]:
     table, job = models.metric, models.job
     last = (
         select(table)
@@ -79,45 +127,11 @@ def _recent_metrics(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, list[Metr
         .limit(RECENT_STEPS)
         .lateral()
     )
-    rows = tx.execute(select(last).select_from(job).join(last, true()).where(job.c.id.in_(ids)))
-    found: dict[UUID, list[MetricPoint]] = defaultdict(list)
-    for row in rows:
-        found[row.job_id].append(metric_point(row))
-    return found
+    return select(last).select_from(job).join(last, true()).where(job.c.id == any_(_IDS))
 
 
-def _resumed_from(tx: Connection, ids: Sequence[UUID]) -> dict[tuple[UUID, int], int | None]:
-    table = models.attempt.c
-    rows = tx.execute(
-        select(table.job_id, table.attempt, table.resumed_from_step).where(table.job_id.in_(ids))
-    )
-    return {(row.job_id, row.attempt): row.resumed_from_step for row in rows}
-
-
-def _result_files(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, list[UUID]]:
-    table = models.artifact.c
-    rows = tx.execute(
-        select(table.job_id, table.path, table.id).where(
-            table.job_id.in_(ids), table.path.in_(RESULT_PATHS)
-        )
-    ).all()
-    found: dict[UUID, list[UUID]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: RESULT_PATHS.index(row.path)):
-        found[row.job_id].append(row.id)
-    return found
-
-
-def _diagnoses(tx: Connection, ids: Sequence[UUID]) -> dict[UUID, dict[str, Any]]:
-    table, job = models.job_event, models.job
-    last = (
-        select(table.c.job_id, table.c.data)
-        .where(table.c.job_id == job.c.id, table.c.code == EventCode.DIAGNOSIS_CHANGED.value)
-        .order_by(table.c.seq.desc())
-        .limit(1)
-        .lateral()
-    )
-    rows = tx.execute(select(last).select_from(job).join(last, true()).where(job.c.id.in_(ids)))
-    return {row.job_id: row.data for row in rows}
+_FACTS = _facts_statement()
+_RECENT = _recent_statement()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ repetition is understood too.  `null` means absent.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import pydantic
@@ -215,10 +215,13 @@ class ValidationQuery(Query):
     )
 
 
-def query_of(model: type[Q]) -> Callable[[Request], Q]:
-    """A dependency that reads the query of a request into `model`."""
+def query_of(model: type[Q]) -> Callable[[Request], Awaitable[Q]]:
+    """A dependency that reads the query of a request into `model`.
 
-    def read(request: Request) -> Q:
+    A coroutine as all dependencies: a plain function would cost the request a thread of its own.
+    """
+
+    async def read(request: Request) -> Q:
         return read_query(model, request.query_params.multi_items())
 
     return read

@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from sqlalchemy import Connection, inspect, text
 
-from migrations.commands import head
+from migrations import HEAD
 
 
 class SchemaState(StrEnum):
@@ -19,4 +19,4 @@ def schema_state(tx: Connection) -> SchemaState:
     if not inspect(tx).has_table("alembic_version"):
         return SchemaState.OUTDATED
     found = tx.execute(text("select version_num from alembic_version")).scalars().all()
-    return SchemaState.CURRENT if list(found) == [head()] else SchemaState.OUTDATED
+    return SchemaState.CURRENT if list(found) == [HEAD] else SchemaState.OUTDATED

@@ -85,6 +85,8 @@ class Figures:
     cores: int = field(default_factory=lambda: os.cpu_count() or 0)
     api_start_seconds: float = 0.0
     help_seconds: float = 0.0
+    health: Rate | None = None
+    """Of an address that asks nothing of anybody: what the framework alone takes here."""
     submit: Rate | None = None
     poll: Rate | None = None
     poll_unchanged: Rate | None = None
@@ -288,6 +290,8 @@ def _milliseconds(latencies: Sequence[float], percent: int) -> float:
 
 
 async def _measure_requests(place: Place, figures: Figures, seconds: float) -> None:
+    health = b"GET /v1/healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    figures.health = await _rate(place, [health], 200, seconds)
     figures.submit = await _rate(place, [_post(place)], 200, seconds)
     jobs = await _make_jobs(place, 50)
     figures.poll = await _rate(place, [_get(place, job) for job in jobs], 200, seconds)

@@ -5,7 +5,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, FromClause, Row, Select, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Row,
+    Select,
+    Table,
+    bindparam,
+    literal,
+    select,
+)
 
 from core import models
 from core.events import FeedItem
@@ -43,22 +53,25 @@ def after(tx: Connection, job_id: UUID, seq: int, *, limit: int = 500) -> list[F
     """Events and metrics numbered above `seq`, in order and without holes."""
     # The last number first: each read below sees all that is committed by then, and what comes
     # between the reads, which only the second would see, is left to the next call.
-    last_seq = tx.execute(
-        select(models.job.c.last_seq).where(models.job.c.id == job_id)
-    ).scalar_one_or_none()
-    end = min(seq + limit, last_seq or 0)
-    events = tx.execute(
-        select(models.job_event)
-        .where(_event.job_id == job_id, _event.seq > seq, _event.seq <= end)
-        .order_by(_event.seq)
-    ).all()
-    metrics = tx.execute(
-        select(models.metric)
-        .where(_metric.job_id == job_id, _metric.seq > seq, _metric.seq <= end)
-        .order_by(_metric.seq)
-    ).all()
+    last_seq = tx.execute(_LAST_SEQ, {"job": job_id}).scalar_one_or_none() or 0
+    if last_seq <= seq:
+        return []
+    between = {"job": job_id, "after": seq, "end": min(seq + limit, last_seq)}
+    events = tx.execute(_EVENTS, between).all()
+    metrics = tx.execute(_METRICS, between).all()
     items = [*map(event_item, events), *map(metric_item, metrics)]
     return sorted(items, key=lambda item: item.seq)
+
+
+def _between(table: Table) -> Select[Any]:
+    is_wanted = (table.c.seq > bindparam("after"), table.c.seq <= bindparam("end"))
+    chosen = select(table).where(table.c.job_id == bindparam("job"), *is_wanted)
+    return chosen.order_by(table.c.seq)
+
+
+# Built once: building takes longer than the database's answer.
+_LAST_SEQ = select(models.job.c.last_seq).where(models.job.c.id == bindparam("job"))
+_EVENTS, _METRICS = _between(models.job_event), _between(models.metric)
 
 
 def metrics(

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, Text, bindparam, delete, func, insert, select
 
 from core import models
 from core.db import now
@@ -25,6 +25,12 @@ RETRY_WINDOW = timedelta(minutes=15)
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _row = models.idempotency.c
+
+# Built once: building takes longer than the database's answer.
+_HASH = func.hashtextextended(bindparam("name", type_=Text), 0)
+_LOCK = select(func.pg_try_advisory_xact_lock(_HASH))
+_LOCK_SHARED = select(func.pg_try_advisory_xact_lock_shared(_HASH))
+_INSERT = insert(models.idempotency)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,27 +75,26 @@ def replay(tx: Connection, request: Repeatable) -> dict[str, Any] | None:
 
 def store(tx: Connection, request: Repeatable, answer: Mapping[str, Any]) -> None:
     """Keep the answer beside the work; it counts from the commit on."""
-    key = request.key or f"drawn {secrets.token_hex(16)}"  # a blank: no header can hold it
-    tx.execute(
-        delete(models.idempotency).where(
-            _row.tenant_id == request.tenant_id,
-            _row.key == key,
-            _row.created_at <= now() - LIFETIME,
+    if request.key is not None:
+        tx.execute(
+            delete(models.idempotency).where(
+                _row.tenant_id == request.tenant_id,
+                _row.key == request.key,
+                _row.created_at <= now() - LIFETIME,
+            )
         )
-    )
-    tx.execute(
-        insert(models.idempotency).values(
-            tenant_id=request.tenant_id,
-            key=key,
-            caller=request.caller,
-            retry_count=request.retry_count,
-            method=request.method,
-            path=request.path,
-            query=request.query,
-            body_sha256=request.body_sha256,
-            answer=dict(answer),
-        )
-    )
+    values = {
+        "tenant_id": request.tenant_id,
+        "key": request.key or f"drawn {secrets.token_hex(16)}",  # a blank: no header can hold it
+        "caller": request.caller,
+        "retry_count": request.retry_count,
+        "method": request.method,
+        "path": request.path,
+        "query": request.query,
+        "body_sha256": request.body_sha256,
+        "answer": dict(answer),
+    }
+    tx.execute(_INSERT, values)
 
 
 def sweep(tx: Connection) -> int:
@@ -106,13 +111,12 @@ def _lock(tx: Connection, request: Repeatable) -> None:
     """
     if request.key is not None:
         name = f"key {request.tenant_id} {request.key}"
-        lock = func.pg_try_advisory_xact_lock
+        lock = _LOCK
     else:
         digest = request.body_sha256.hex()
         name = f"body {request.caller} {request.method} {request.path} {request.query} {digest}"
-        is_retry = request.retry_count > 0
-        lock = func.pg_try_advisory_xact_lock if is_retry else func.pg_try_advisory_xact_lock_shared
-    if not tx.execute(select(lock(func.hashtextextended(name, 0)))).scalar_one():
+        lock = _LOCK if request.retry_count > 0 else _LOCK_SHARED
+    if not tx.execute(lock, {"name": name}).scalar_one():
         raise IdempotencyInProgress
 
 

@@ -12,7 +12,9 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Text,
     and_,
+    bindparam,
     case,
     func,
     insert,
@@ -84,33 +86,30 @@ class JobPage:
 
 def create(tx: Connection, new: NewJob) -> Job:
     """Store the job with its first event; the commit itself rings the dispatcher."""
-    row = tx.execute(
-        insert(models.job)
-        .values(
-            tenant_id=new.tenant_id,
-            created_by=new.created_by,
-            spec=dict(new.spec),
-            spec_version=SPEC_VERSION,
-            resolved=dict(new.resolved),
-            warnings=[dict(one) for one in new.warnings],
-            model=new.model,
-            method=new.method,
-            training_file_id=new.training_file_id,
-            validation_file_id=new.validation_file_id,
-            suffix=new.suffix,
-            seed=new.resolved["seed"],
-            metadata=None if new.metadata is None else dict(new.metadata),
-            start_job_id=new.start and new.start.job_id,
-            start_step=new.start and new.start.step,
-            start_attempt=new.start and new.start.attempt,
-            status=JobStatus.QUEUED,
-            queue=new.queue,
-            priority=new.priority,
-            total_steps=new.resolved["total_steps"],
-            last_seq=1,
-        )
-        .returning(models.job)
-    ).one()
+    values = {
+        "tenant_id": new.tenant_id,
+        "created_by": new.created_by,
+        "spec": dict(new.spec),
+        "spec_version": SPEC_VERSION,
+        "resolved": dict(new.resolved),
+        "warnings": [dict(one) for one in new.warnings],
+        "model": new.model,
+        "method": new.method,
+        "training_file_id": new.training_file_id,
+        "validation_file_id": new.validation_file_id,
+        "suffix": new.suffix,
+        "seed": new.resolved["seed"],
+        "metadata": None if new.metadata is None else dict(new.metadata),
+        "start_job_id": new.start and new.start.job_id,
+        "start_step": new.start and new.start.step,
+        "start_attempt": new.start and new.start.attempt,
+        "status": JobStatus.QUEUED,
+        "queue": new.queue,
+        "priority": new.priority,
+        "total_steps": new.resolved["total_steps"],
+        "last_seq": 1,
+    }
+    row = tx.execute(_INSERT, values).one()
     job = job_of(row._asdict())
     event = NewEvent(
         code=EventCode.JOB_CREATED,
@@ -124,12 +123,15 @@ def create(tx: Connection, new: NewJob) -> Job:
 
 def get(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
     """The tenant's job; JobNotFound for another tenant's as for none."""
-    row = tx.execute(
-        select(models.job).where(_job.id == job_id, _job.tenant_id == tenant_id)
-    ).one_or_none()
+    row = tx.execute(_GET, {"job": job_id, "tenant": tenant_id}).one_or_none()
     if row is None:
         raise JobNotFound(f"There is no job {public_job_id(job_id)}.")
     return job_of(row._asdict())
+
+
+# Built once: building takes longer than the database's answer.
+_INSERT = insert(models.job).returning(models.job)
+_GET = select(models.job).where(_job.id == bindparam("job"), _job.tenant_id == bindparam("tenant"))
 
 
 def lock(tx: Connection, job_id: UUID, *, tenant_id: UUID) -> Job:
@@ -389,20 +391,18 @@ def _ended(job: Job) -> str:
     return "been cancelled" if job.status == JobStatus.CANCELLED else job.status.value
 
 
-def queue_position(tx: Connection, job: Job) -> int | None:
-    """How many jobs of the same queue go first, plus one; None unless it is queued."""
-    if job.status != JobStatus.QUEUED:
-        return None
+def queue_position() -> ColumnElement[int | None]:
+    """The place of a row of `job` among the queued ones of its queue; null unless it is queued."""
+    ahead = models.job.alias("ahead").c
     goes_first = or_(
-        _job.priority > job.priority,
-        and_(_job.priority == job.priority, _job.created_at < job.created_at),
+        ahead.priority > _job.priority,
+        and_(ahead.priority == _job.priority, ahead.created_at < _job.created_at),
     )
-    ahead = tx.execute(
-        select(func.count()).where(
-            _job.status == JobStatus.QUEUED, _job.queue == job.queue, goes_first
-        )
-    ).scalar_one()
-    return int(ahead) + 1
+    num_ahead = select(func.count()).where(
+        ahead.status == JobStatus.QUEUED, ahead.queue == _job.queue, goes_first
+    )
+    position = num_ahead.correlate(models.job).scalar_subquery() + 1
+    return case((_job.status == JobStatus.QUEUED, position), else_=None)
 
 
 def attempts(tx: Connection, job_id: UUID) -> list[Attempt]:
@@ -425,7 +425,10 @@ def checkpoints(tx: Connection, job_id: UUID) -> list[Checkpoint]:
 
 def notify(tx: Connection, job_id: UUID) -> None:
     """Ring the dispatcher when the transaction commits."""
-    tx.execute(select(func.pg_notify(NOTIFY_CHANNEL, str(job_id))))
+    tx.execute(_NOTIFY, {"job": str(job_id)})
+
+
+_NOTIFY = select(func.pg_notify(NOTIFY_CHANNEL, bindparam("job", type_=Text)))
 
 
 def _write(tx: Connection, job: Job, events: Sequence[NewEvent]) -> None:

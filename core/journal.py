@@ -17,6 +17,12 @@ from core import models
 from core.db import now
 from core.events import FeedItem, NewClipPass, NewEvent, NewMetric
 
+# Built once: building takes longer than the database's answer.
+_NOW = select(now())
+_INSERT_EVENT = insert(models.job_event)
+_INSERT_METRIC = insert(models.metric)
+_INSERT_PASS = insert(models.clip_pass)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -34,7 +40,7 @@ def write_items(
     """Insert the items, numbered in their order; what readers will see of them."""
     if not items:
         return []
-    at = tx.execute(select(now())).scalar_one()
+    at = tx.execute(_NOW).scalar_one()
     feed = [
         _feed_item(place, place.first_seq + index, item, at) for index, item in enumerate(items)
     ]
@@ -62,7 +68,7 @@ def write_passes(tx: Connection, place: Place, passes: Sequence[NewClipPass]) ->
         }
         for one in passes
     ]
-    tx.execute(insert(models.clip_pass), rows)
+    tx.execute(_INSERT_PASS, rows)
 
 
 def _feed_item(place: Place, seq: int, item: NewEvent | NewMetric, at: datetime) -> FeedItem:
@@ -119,7 +125,7 @@ def _insert_events(tx: Connection, place: Place, feed: Sequence[FeedItem]) -> No
         for item in feed
     ]
     if rows:
-        tx.execute(insert(models.job_event), rows)
+        tx.execute(_INSERT_EVENT, rows)
 
 
 def _insert_metrics(
@@ -140,4 +146,4 @@ def _insert_metrics(
         if item.kind == "metrics"
     ]
     if rows:
-        tx.execute(insert(models.metric), rows)
+        tx.execute(_INSERT_METRIC, rows)

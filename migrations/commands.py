@@ -9,7 +9,6 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.pool import NullPool
@@ -52,11 +51,6 @@ def downgrade(owner_url: str, *, revision: str) -> str | None:
         return _current(connection)
 
 
-def head() -> str | None:
-    """The newest revision there is."""
-    return ScriptDirectory.from_config(_config()).get_current_head()
-
-
 @contextmanager
 def _alone(url: str) -> Iterator[Connection]:
     """A connection whose session holds the migrators' lock."""
@@ -81,7 +75,7 @@ def _check_server(driver: psycopg.Connection) -> None:
         raise MigrationError(f"Postgres {OLDEST_SERVER} or newer is needed, this is {major}")
 
 
-def _config(connection: Connection | None = None) -> Config:
+def _config(connection: Connection) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")

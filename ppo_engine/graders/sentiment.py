@@ -1,6 +1,7 @@
 """Reward by the tone of a text: VADER's lexicon and rules (Hutto & Gilbert 2014)."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Self
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -15,7 +16,7 @@ class SentimentGrader:
     def __init__(self, template: Template, *, target: str) -> None:
         self._template = template
         self._target = target
-        self._analyzer = SentimentIntensityAnalyzer()
+        self._analyzer = _analyzer()
 
     @classmethod
     def from_settings(cls, settings: GraderSettings) -> Self:
@@ -39,3 +40,9 @@ class SentimentGrader:
                 return -compound
             case _:
                 return 1 - 2 * abs(compound)
+
+
+@cache
+def _analyzer() -> SentimentIntensityAnalyzer:
+    """One for all, since it holds nothing but the lexicon, which takes long to read."""
+    return SentimentIntensityAnalyzer()

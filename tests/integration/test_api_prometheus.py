@@ -52,7 +52,7 @@ def test_requests_are_counted_by_template_and_never_by_id(
         for _ in range(3):
             client.get(f"/v1/fine_tuning/jobs/{job['id']}")
         client.get("/v1/nowhere-at-all")
-        client.request("BREW", "/v1/models")
+        client.request("PURGE", "/v1/models")
 
     found = scrape(metrics_port)
 

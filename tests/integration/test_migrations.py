@@ -21,7 +21,7 @@ from core import models
 from core.db import Database, driver_url
 from core.rows import Job
 from core.states import FINAL, TRANSITIONS, JobStatus
-from migrations import commands
+from migrations import HEAD, commands
 from migrations.roles import API_ROLE
 from tests.conftest import Servers, as_role, new_database
 from tests.factories import Tenant, make_job
@@ -54,17 +54,17 @@ def functions(url: str) -> list[Any]:
 def test_up_down_and_up_again(empty_url: str) -> None:
     expected = set(models.metadata.tables) | {"alembic_version"}
 
-    assert commands.upgrade(empty_url) == commands.head()
+    assert commands.upgrade(empty_url) == HEAD
     assert tables(empty_url) == expected
     assert commands.downgrade(empty_url, revision="base") is None
     assert tables(empty_url) == {"alembic_version"}
     assert functions(empty_url) == []
-    assert commands.upgrade(empty_url) == commands.head()
+    assert commands.upgrade(empty_url) == HEAD
     assert tables(empty_url) == expected
 
 
 def test_applying_all_of_them_twice_changes_nothing(empty_url: str) -> None:
-    assert commands.upgrade(empty_url) == commands.upgrade(empty_url) == commands.head()
+    assert commands.upgrade(empty_url) == commands.upgrade(empty_url) == HEAD
 
 
 def test_tables_are_what_the_code_thinks_they_are(owner_url: str) -> None:
