@@ -61,11 +61,11 @@ def bearer_key(header: str | None) -> str:
 
 
 def authenticator(services: Services) -> Callable[[str | None], Caller]:
-    """Who asks, by the `Authorization` header; one short transaction."""
+    """Who asks, by the `Authorization` header; one short read."""
 
     def authenticate_header(header: str | None) -> Caller:
         key = bearer_key(header)
-        with services.database.begin() as tx:
+        with services.database.read() as tx:
             return authenticate(tx, key)
 
     return authenticate_header

@@ -361,11 +361,11 @@ class FeedHub:
         return [one for topic in self._topics.values() for one in topic.subscriptions]
 
     def _read_job(self, job_id: UUID, tenant_id: UUID) -> Job:
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             return jobs.get(tx, job_id, tenant_id=tenant_id)
 
     def _read_news(self, topic: Topic) -> News:
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             # The job first: what it counts is then surely among the items or still to come.
             job = jobs.get(tx, topic.job.id, tenant_id=topic.job.tenant_id)
             items = feed.after(tx, job.id, topic.cursor.seq, limit=BATCH)
@@ -378,14 +378,14 @@ class FeedHub:
 
     def _read_marks(self) -> dict[UUID, tuple[int, str]]:
         job = models.job.c
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             rows = tx.execute(
                 select(job.id, job.last_seq, job.status).where(job.id.in_(list(self._topics)))
             ).all()
         return {row.id: (row.last_seq, row.status) for row in rows}
 
     def _read_live_keys(self, ids: set[UUID]) -> set[UUID]:
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             return {one for one in ids if keys.is_live(tx, one)}
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:

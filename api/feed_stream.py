@@ -223,13 +223,13 @@ class FeedStream:
         return status_frame(view)
 
     def _read_items(self) -> list[FeedItem]:
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             # The job first: what it counts is then surely among the items or still to come.
             self._job = jobs.get(tx, self._job.id, tenant_id=self.caller.tenant_id)
             return feed.after(tx, self._job.id, self._cursor.seq, limit=PAGE)
 
     def _read_view(self) -> schemas.Job:
-        with self._services.stream_database.begin() as tx:
+        with self._services.stream_database.read() as tx:
             job = jobs.get(tx, self._job.id, tenant_id=self.caller.tenant_id)
             (facts,) = facts_of(tx, [job])
         return job_view(job, facts, organization=self.caller.tenant_slug)

@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -48,6 +49,8 @@ CONNECTIONS = 16
 ROWS = 64
 RESTING_PERCENT = 10
 """Of a core; less is no work on clients that come."""
+GRACE_SECONDS = 30
+"""How long the last metrics may take to come."""
 TTL = timedelta(hours=6)
 STREAMS = {1: (1, 10.0), 500: (50, 2.0), 2000: (200, 1.0)}
 """Clients: over how many jobs, and metrics per job and second."""
@@ -234,12 +237,18 @@ class Connection:
 
 
 @contextlib.asynccontextmanager
-async def _connection(port: int) -> AsyncIterator[Connection]:
+async def _streams(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        yield Connection(reader, writer)
+        yield reader, writer
     finally:
         writer.close()
+
+
+@contextlib.asynccontextmanager
+async def _connection(port: int) -> AsyncIterator[Connection]:
+    async with _streams(port) as (reader, writer):
+        yield Connection(reader, writer)
 
 
 def _job_body(place: Place) -> bytes:
@@ -311,26 +320,34 @@ async def _make_jobs(place: Place, count: int) -> list[str]:
     return [json.loads(body)["id"] for _, _, body in answers]
 
 
-def _publish(points: Endpoints, jobs: list[UUID], rate: float, seconds: float) -> None:
-    """What workers do: rows to Postgres, then entries to Redis; each with the time before both."""
+def _publish(
+    points: Endpoints, jobs: list[UUID], rate: float, seconds: float, held: Event, go: Event
+) -> None:
+    """What workers do: rows to Postgres, then entries to Redis; each with the time before both.
+
+    `held` is set once all jobs run, so that `go` begins with metrics and nothing else.
+    """
     database, stream = Database(points.worker_url, pool_size=1), FeedStream(points.redis_url)
     claims: list[Claim] = []
     for job in jobs:
         with database.begin() as tx:
-            held = attempts.claim(tx, job, task_id=str(job), worker_label="load", ttl=TTL)
-            assert held is not None  # noqa: S101 - nobody else takes jobs here
-            claims.append(held)
-            attempts.record_resume(tx, held.holder, step=0)
+            claim = attempts.claim(tx, job, task_id=str(job), worker_label="load", ttl=TTL)
+            assert claim is not None  # noqa: S101 - nobody else takes jobs here
+            claims.append(claim)
+            attempts.record_resume(tx, claim.holder, step=0)
+            attempts.heartbeat(tx, claim.holder, ttl=TTL, phase=Phase.TRAINING)
+    held.set()
+    go.wait()
     started, sent = time.monotonic(), 0
     while sent < rate * seconds * len(claims):
         due = started + sent / (rate * len(claims))
         time.sleep(max(0.0, due - time.monotonic()))
-        held, line = claims[sent % len(claims)], sent // len(claims) + 1
+        claim, line = claims[sent % len(claims)], sent // len(claims) + 1
         values = {"reward_mean": 0.5, "kl": 0.1, "sent_at": time.time()}
         item = NewMetric(line=line, step=line, at=datetime.now(UTC), values=values)
         with database.begin() as tx:
             beat = attempts.heartbeat(
-                tx, held.holder, ttl=TTL, phase=Phase.TRAINING, report=Report(items=(item,))
+                tx, claim.holder, ttl=TTL, phase=Phase.TRAINING, report=Report(items=(item,))
             )
         stream.send(beat.items)
         sent += 1
@@ -338,64 +355,78 @@ def _publish(points: Endpoints, jobs: list[UUID], rate: float, seconds: float) -
     database.dispose()
 
 
-async def _listen(place: Place, job: str, latencies: list[float], expected: int) -> int:
-    """How many of the expected metrics did not come to one client."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", place.port)
-    path = f"/v1/fine_tuning/jobs/{job}/stream?after=latest&types=metrics"
-    writer.write(f"GET {path} HTTP/1.1\r\n{place.headers}\r\n".encode())
-    got = 0
-    with contextlib.suppress(asyncio.IncompleteReadError, TimeoutError):
+@dataclass(kw_only=True)
+class Audience:
+    """What a number of stream clients have seen so far."""
+
+    num_open: int = 0
+    """Clients whose stream has begun: what comes from now on is theirs."""
+    latencies: list[float] = field(default_factory=list)
+
+
+async def _listen(place: Place, job: str, audience: Audience, expected: int) -> None:
+    """One client of a stream, until it has all expected metrics."""
+    async with _streams(place.port) as (reader, writer):
+        path = f"/v1/fine_tuning/jobs/{job}/stream?after=latest&types=metrics"
+        writer.write(f"GET {path} HTTP/1.1\r\n{place.headers}\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        audience.num_open += 1
+        got = 0
         while got < expected:
-            line = await asyncio.wait_for(reader.readuntil(b"\n"), 30)
+            line = await reader.readuntil(b"\n")
             if line.startswith(b'data: {"type":"metrics"'):
                 values = json.loads(line[6:])["values"]
-                latencies.append(time.time() - values["sent_at"])
+                audience.latencies.append(time.time() - values["sent_at"])
                 got += 1
-    writer.close()
-    return expected - got
 
 
 async def _measure_streams(place: Place, clients: int, seconds: float) -> Delivery:
     num_jobs, rate = STREAMS.get(clients, (max(1, clients // 10), 1.0))
     jobs = await _make_jobs(place, num_jobs)
     expected = int(rate * seconds)
-    latencies: list[float] = []
-    listening = [
-        asyncio.create_task(_listen(place, jobs[number % num_jobs], latencies, expected))
-        for number in range(clients)
-    ]
-    await _until_open(place, listening)
-    place.api.cpu_percent()
-    publisher = multiprocessing.get_context("spawn").Process(
-        target=_publish, args=(place.points, [job_id_of(job) for job in jobs], rate, seconds)
+    spawned = multiprocessing.get_context("spawn")
+    held, go = spawned.Event(), spawned.Event()
+    publisher = spawned.Process(
+        target=_publish,
+        args=(place.points, [job_id_of(job) for job in jobs], rate, seconds, held, go),
     )
     publisher.start()
-    missing = sum(await asyncio.gather(*listening))
+    await asyncio.to_thread(held.wait)
+    audience = Audience()
+    listening = [
+        asyncio.create_task(_listen(place, jobs[number % num_jobs], audience, expected))
+        for number in range(clients)
+    ]
+    await _until_open(place, audience, listening)
+    place.api.cpu_percent()
+    go.set()
+    _, late = await asyncio.wait(listening, timeout=seconds + GRACE_SECONDS)
     cpu = place.api.cpu_percent()
+    for one in late:
+        one.cancel()
     publisher.join()
     return Delivery(
         clients=clients,
         jobs=num_jobs,
         per_job_and_second=rate,
-        deliveries=len(latencies),
-        missing=missing,
-        p50_ms=_milliseconds(latencies, 50),
-        p99_ms=_milliseconds(latencies, 99),
+        deliveries=len(audience.latencies),
+        missing=clients * expected - len(audience.latencies),
+        p50_ms=_milliseconds(audience.latencies, 50),
+        p99_ms=_milliseconds(audience.latencies, 99),
         api_cpu_percent=round(cpu, 1),
         api_rss_mb=_rss_mb(place),
     )
 
 
-async def _until_open(place: Place, listening: Sequence[asyncio.Task[int]]) -> None:
-    """Return once the API holds a connection for each client and rests: all history is read."""
-
-    def num_open() -> int:
-        return sum(one.status == "ESTABLISHED" for one in place.api.net_connections())
-
+async def _until_open(
+    place: Place, audience: Audience, listening: Sequence[asyncio.Task[None]]
+) -> None:
+    """Return once each client's stream has begun and the API rests: all history is read."""
     place.api.cpu_percent()
-    while num_open() < len(listening) or place.api.cpu_percent() > RESTING_PERCENT:
+    await asyncio.sleep(1)
+    while audience.num_open < len(listening) or place.api.cpu_percent() > RESTING_PERCENT:
         if ended := next((one for one in listening if one.done()), None):
-            raise SystemExit(f"a client could not listen: {ended.exception() or ended.result()}")
+            raise SystemExit(f"a client could not listen: {ended.exception()}")
         await asyncio.sleep(1)
 
 

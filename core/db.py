@@ -59,6 +59,7 @@ class Database:
                 f" -c idle_in_transaction_session_timeout={milliseconds} -c timezone=UTC",
             },
         )
+        self._reading = self.engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -66,19 +67,34 @@ class Database:
 
         DatabaseUnavailable stands for a lost or refused connection and for an exhausted pool.
         """
-        try:
-            with self.engine.begin() as connection:
-                yield connection
-        except PoolTimeout as error:
-            raise DatabaseUnavailable("all database connections are busy") from error
-        except (OperationalError, InterfaceError, InternalError) as error:
-            if _is_lost(error):
-                raise DatabaseUnavailable from error
-            raise
+        with _lost_is_unavailable(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading, or for a write that stands alone; errors as in `begin`.
+
+        Each statement is a transaction by itself.  It sees what is committed when it starts, as it
+        would in `begin`; only the journeys to and fro for a BEGIN and a COMMIT are spared.
+        """
+        with _lost_is_unavailable(), self._reading.connect() as connection:
+            yield connection
 
     def dispose(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+
+
+@contextmanager
+def _lost_is_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable("all database connections are busy") from error
+    except (OperationalError, InterfaceError, InternalError) as error:
+        if _is_lost(error):
+            raise DatabaseUnavailable from error
+        raise
 
 
 def _is_lost(error: OperationalError | InterfaceError | InternalError) -> bool:

@@ -40,7 +40,7 @@ def list_clip_tokens(
     query: Annotated[TokensQuery, Depends(query_of(TokensQuery))],
 ) -> Response:
     """The tokens of a step's stored samples, with the numbers behind the class of each."""
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         job = find_job(tx, job_id, caller)
         wanted = _wanted(job, query)
         stored = token_table(tx, job.id, wanted.step)

@@ -165,7 +165,7 @@ def list_jobs(
     query: Annotated[JobsQuery, Depends(query_of(JobsQuery))],
 ) -> Response:
     """Jobs by creation time, newest first."""
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         found = jobs.page(
             tx,
             tenant_id=caller.tenant_id,
@@ -245,7 +245,7 @@ def _retry_after(view: schemas.Job) -> dict[str, str]:
 
 
 def _read(services: Services, caller: Caller, public_id: str) -> schemas.Job:
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         return _view(tx, find_job(tx, public_id, caller), caller)
 
 

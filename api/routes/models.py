@@ -41,7 +41,7 @@ def get_model(
 
 
 def _models(services: Api, caller: Caller) -> list[schemas.Model]:
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         made = fine_tuned_jobs(tx, caller.tenant_id)
     bases = [base_model_view(entry) for entry in services.catalog.entries()]
     return bases + [adapter_model_view(job, owner=caller.tenant_slug) for job in made]

@@ -40,7 +40,7 @@ async def stream_job(
     """Everything that happens, each item once and in order; goes on behind `Last-Event-ID`."""
 
     def read() -> Job:
-        with services.stream_database.begin() as tx:
+        with services.stream_database.read() as tx:
             return find_job(tx, job_id, caller)
 
     job = await anyio.to_thread.run_sync(read, limiter=services.stream_threads)

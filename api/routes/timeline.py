@@ -40,7 +40,7 @@ def list_events(
     query: Annotated[EventsQuery, Depends(query_of(EventsQuery))],
 ) -> Response:
     """What happened, newest first; figures of each step are events of type `metrics`."""
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         job = find_job(tx, job_id, caller)
         items = feed_page(
             tx,
@@ -80,7 +80,7 @@ def list_checkpoints(
     query: Annotated[CheckpointsQuery, Depends(query_of(CheckpointsQuery))],
 ) -> Response:
     """Stored states of the training, newest first."""
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         job = find_job(tx, job_id, caller)
         found = jobs.checkpoints(tx, job.id)
         ordered = found if query.order == "desc" else found[::-1]
@@ -131,7 +131,7 @@ def get_metrics(
     query: Annotated[MetricsQuery, Depends(query_of(MetricsQuery))],
 ) -> Response:
     """Curves in columns, without what a resume replaced."""
-    with services.database.begin() as tx:
+    with services.database.read() as tx:
         job = find_job(tx, job_id, caller)
         rows = feed.metrics(tx, job.id, from_step=query.from_step, to_step=query.to_step)
         attempts = jobs.attempts(tx, job.id)
