@@ -6,6 +6,7 @@ templates, statuses and reasons come from lists of ours; no id of a job, key or 
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import redis
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
@@ -13,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Select, func, select
 from sqlalchemy.exc import OperationalError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -121,7 +122,7 @@ class ServiceState(Collector):
         yield from _answered("trimtab_redis_up", "Redis", self._workers)
 
     def _jobs(self) -> list[Metric]:
-        with self._services.database.begin() as tx:
+        with self._services.database.read() as tx:
             return [_jobs_by_status(tx), *_oldest(tx)]
 
     def _workers(self) -> list[Metric]:
@@ -154,14 +155,17 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 def _jobs_by_status(tx: Connection) -> Metric:
     """Unfinished jobs only: counting those that have ended would cost more with each of them."""
     family = GaugeMetricFamily("trimtab_jobs", "Unfinished jobs.", labels=["status"])
-    rows = tx.execute(
-        select(_job.status, func.count()).where(_job.status.not_in(FINAL)).group_by(_job.status)
-    ).all()
+    rows = tx.execute(unfinished_jobs()).all()
     counts = {row[0]: row[1] for row in rows}
     for status in JobStatus:
         if status not in FINAL:
             family.add_metric([status.value], counts.get(status.value, 0))
     return family
+
+
+def unfinished_jobs() -> Select[Any]:
+    """Their number by status; an index holds no others."""
+    return select(_job.status, func.count()).where(_job.finished_at.is_(None)).group_by(_job.status)
 
 
 def _oldest(tx: Connection) -> list[Metric]:

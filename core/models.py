@@ -192,6 +192,7 @@ job = Table(
         postgresql_where=text("status = 'validating_files'"),
     ),
     Index("ix_job_lease", "lease_until", postgresql_where=text("lease_until is not null")),
+    Index("ix_job_unfinished", "status", postgresql_where=text("finished_at is null")),
     Index("ix_job_training_file", "training_file_id"),
     Index("ix_job_validation_file", "validation_file_id"),
 )

@@ -4,16 +4,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx2
 import pytest
 import redis
+from sqlalchemy import text, update
+from sqlalchemy.dialects import postgresql
 
+from api.prometheus import unfinished_jobs
+from core import attempts, models
+from core.db import Database, now
 from core.dispatch import presence_key
+from core.ids import job_id_of, public_job_id
 from tests.conftest import Servers
-from tests.factories import Tenant
-from tests.live_api import LiveApi, create_job, live_api
+from tests.factories import TTL, Tenant
+from tests.live_api import LiveApi, create_job, live_api, wait_until
 from trimtab.stack import free_port
 
 SAMPLE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
@@ -67,23 +74,49 @@ def test_requests_are_counted_by_template_and_never_by_id(
 
 
 def test_the_state_of_the_service_is_told(
-    api: LiveApi, tenant: Tenant, metrics_port: int, redis_url: str
+    api: LiveApi,
+    tenant: Tenant,
+    metrics_port: int,
+    redis_url: str,
+    owner_database: Database,
+    worker_database: Database,
 ) -> None:
     with api.client(tenant) as client:
-        create_job(client)
+        waiting, silent = (job_id_of(create_job(client)["id"]) for _ in range(2))
+    with worker_database.begin() as tx:
+        assert attempts.claim(tx, silent, task_id="t", worker_label="w", ttl=TTL) is not None
+    with owner_database.begin() as tx:
+        job, ago = models.job, timedelta(seconds=90)
+        tx.execute(update(job).where(job.c.id == waiting).values(created_at=now() - ago))
+        tx.execute(update(job).where(job.c.id == silent).values(lease_until=now() - ago))
     with redis.Redis.from_url(redis_url) as connection:
         connection.set(presence_key("cpu", "one"), "1")
         connection.set(presence_key("cpu", "two"), "1")
-
-    found = scrape(metrics_port)
+    with api.client(tenant) as client:
+        url = f"/v1/fine_tuning/jobs/{public_job_id(waiting)}/stream"
+        with client.stream("GET", url):
+            wait_until(lambda: scrape(metrics_port)["trimtab_streams_open"] == 1)
+            found = scrape(metrics_port)
+    wait_until(lambda: scrape(metrics_port)["trimtab_streams_open"] == 0)
 
     assert found["trimtab_database_up"] == found["trimtab_redis_up"] == 1
     assert found['trimtab_jobs{status="queued"}'] >= 1
-    assert found["trimtab_oldest_new_job_seconds"] >= 0
+    assert found['trimtab_jobs{status="running"}'] == 1
+    assert 90 <= found["trimtab_oldest_new_job_seconds"] < 150
     assert found['trimtab_workers_online{queue="cpu"}'] == 2
-    assert found["trimtab_leases_expired"] == found["trimtab_streams_open"] == 0
+    assert found["trimtab_leases_expired"] == 1
     assert found['trimtab_streams_closed_total{reason="slow"}'] == 0
     assert found["process_resident_memory_bytes"] > 0
+
+
+def test_counting_jobs_reads_none_that_has_ended(database: Database) -> None:
+    question = unfinished_jobs().compile(dialect=postgresql.dialect())
+
+    with database.begin() as tx:
+        tx.execute(text("set local enable_seqscan = off"))  # a small table is read whole
+        plan = "\n".join(tx.execute(text(f"explain {question}")).scalars())
+
+    assert "ix_job_unfinished" in plan
 
 
 def test_the_public_address_knows_no_metrics(api: LiveApi, tenant: Tenant) -> None:
