@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from sqlalchemy import Connection, inspect, text
 
-from migrations import HEAD
+from migrations.head import HEAD
 
 
 class SchemaState(StrEnum):

@@ -21,7 +21,8 @@ from core import models
 from core.db import Database, driver_url
 from core.rows import Job
 from core.states import FINAL, TRANSITIONS, JobStatus
-from migrations import HEAD, commands
+from migrations import commands
+from migrations.head import HEAD
 from migrations.roles import API_ROLE
 from tests.conftest import Servers, as_role, new_database
 from tests.factories import Tenant, make_job
