@@ -491,9 +491,11 @@ def _usual(name: str) -> str:
 
 
 def _unknown(location: list[int | str]) -> str:
-    """That the field does not exist, and which one may have been meant."""
+    """That the field does not exist here, and where it does or which one may have been meant."""
     name = str(location[-1])
     known = _fields_at(location[:-1])
+    if homes := [".".join(place) for place in _FIELDS if name in _fields_at([*place])]:
+        return f"unknown parameter {name!r}; it belongs in {homes[0] or 'the body itself'}"
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown parameter {name!r}{hint}"

@@ -537,6 +537,17 @@ def test_a_name_near_nothing_is_just_unknown() -> None:
     assert only_fault(spec_dict(zzz=1)).detail == "unknown parameter 'zzz'"
 
 
+def test_a_name_that_stands_in_the_wrong_place_is_sent_home() -> None:
+    beside = changed(lambda body: body["method"]["ppo"].update(lora={"rank": 4}))
+
+    assert only_fault(beside).detail == (
+        "unknown parameter 'lora'; it belongs in method.ppo.hyperparameters"
+    )
+    assert only_fault(spec_dict(model="m")).detail == (
+        "unknown parameter 'model'; it belongs in the body itself"
+    )
+
+
 def test_the_usual_value_is_told() -> None:
     fault = only_fault(spec_dict(clip_range=1.5))
 
