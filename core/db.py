@@ -75,7 +75,8 @@ class Database:
         """A connection for reading, or for a write that stands alone; errors as in `begin`.
 
         Each statement is a transaction by itself.  It sees what is committed when it starts, as it
-        would in `begin`; only the journeys to and fro for a BEGIN and a COMMIT are spared.
+        would in `begin`; only the journeys to and fro for a BEGIN and a COMMIT are spared.  Rows
+        cannot be read bit by bit (`yield_per`): the server keeps a cursor within a transaction.
         """
         with _lost_is_unavailable(), self._reading.connect() as connection:
             yield connection

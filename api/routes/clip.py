@@ -64,7 +64,7 @@ def list_clip_updates(
     query: Annotated[ClipQuery, Depends(query_of(ClipQuery))],
 ) -> Response:
     """Clip statistics of each step, newest first; passes are merged from their sums."""
-    with services.database.read() as tx:
+    with services.database.begin() as tx:
         job = find_job(tx, job_id, caller)
         places = clip_places(
             tx,
@@ -124,7 +124,7 @@ def get_clip_histogram(
     query: Annotated[HistogramQuery, Depends(query_of(HistogramQuery))],
 ) -> Response:
     """How the ratios are spread, by sign of the advantage, over one or more columns of steps."""
-    with services.database.read() as tx:
+    with services.database.begin() as tx:
         job = find_job(tx, job_id, caller)
         columns = _merged(tx, job, query, columns=query.columns)
     view = histogram_view(job, columns, epoch=query.epoch, minibatch=query.minibatch)
@@ -186,7 +186,7 @@ def get_clip_sweep(
     query: Annotated[SweepQuery, Depends(query_of(SweepQuery))],
 ) -> Response:
     """What other clip ranges would have done to the tokens of the recorded passes."""
-    with services.database.read() as tx:
+    with services.database.begin() as tx:
         job = find_job(tx, job_id, caller)
         rules = _rules(query, rule_of(job))
         merged = _merged(tx, job, query, columns=1)

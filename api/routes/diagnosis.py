@@ -32,7 +32,7 @@ def get_diagnosis(
     query: Annotated[DiagnosisQuery, Depends(query_of(DiagnosisQuery))],
 ) -> Response:
     """The known ways for PPO to go wrong that the run shows, now or as of a step."""
-    with services.database.read() as tx:
+    with services.database.begin() as tx:
         job = find_job(tx, job_id, caller)
         rows = first_and_last_metrics(
             tx, job.id, first=FIRST_STEPS, last=REPLAYED_STEPS, to_step=query.step
