@@ -94,6 +94,7 @@ class Thresholds:
     ratio_mismatch: Limits
     capped_weights: Limits
     constant_groups: Limits
+    limited_rewards: Limits
     log_ratio: float
     """|log ratio| above which a pass is skipped."""
     grad_norm_growth: float
@@ -142,6 +143,7 @@ THRESHOLDS = Thresholds(
     ratio_mismatch=Limits(1.02, 1.05),
     capped_weights=Limits(0.05),
     constant_groups=Limits(0.5, 0.9),
+    limited_rewards=Limits(0.5, 0.9),
     log_ratio=20.0,
     grad_norm_growth=10.0,
     trend=0.6,

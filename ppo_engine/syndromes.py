@@ -279,23 +279,54 @@ def zero_variance_reward(history: History, settings: MonitorSettings) -> list[Si
         text = f"all answers of a step got the same reward in {SPIKE_UPDATES} steps in a row"
         evidence = history.evidence("reward_std", max(spread), 0.0, SPIKE_UPDATES)
         return [Sign("critical", evidence, text)]
-    metric, limits = "zero_advantage_group_fraction", THRESHOLDS.constant_groups
-    shares = history.streak(metric, SPIKE_UPDATES)
-    if settings.group_size == 1 or not shares or min(shares) <= limits.warn:
-        return []
-    is_critical = limits.critical is not None and min(shares) > limits.critical
-    text = (
-        f"in {SPIKE_UPDATES} steps in a row {min(shares):.0%} of the prompts or more got the same "
-        "reward for all their answers"
+    return [*_limited_rewards(history), *_constant_groups(history, settings)]
+
+
+def _limited_rewards(history: History) -> list[Sign]:
+    metric, limits = "reward_limited_fraction", THRESHOLDS.limited_rewards
+    advice = Advice(
+        kind="setting",
+        param="reward_scaling",
+        text="Set reward_scaling to none: the rewards differ little for their size.",
     )
+    return _lasting(
+        history,
+        metric,
+        limits,
+        text="{share:.0%} of the rewards or more were bounded to 10 standard deviations",
+        advice=advice,
+    )
+
+
+def _constant_groups(history: History, settings: MonitorSettings) -> list[Sign]:
+    if settings.group_size == 1:
+        return []
     advice = Advice(
         kind="setting",
         param="group_size",
         text="Raise group_size, so that more prompts get answers that differ in reward.",
     )
+    return _lasting(
+        history,
+        "zero_advantage_group_fraction",
+        THRESHOLDS.constant_groups,
+        text="{share:.0%} of the prompts or more got the same reward for all their answers",
+        advice=advice,
+    )
+
+
+def _lasting(
+    history: History, metric: str, limits: Limits, *, text: str, advice: Advice
+) -> list[Sign]:
+    """A sign if a share exceeded a limit in each of the newest updates."""
+    shares = history.streak(metric, SPIKE_UPDATES)
+    if not shares or min(shares) <= limits.warn:
+        return []
+    is_critical = limits.critical is not None and min(shares) > limits.critical
     level: Level = "critical" if is_critical else "warn"
     evidence = history.evidence(metric, min(shares), limits.warn, SPIKE_UPDATES)
-    return [Sign(level, evidence, text, (advice,))]
+    told = f"in {SPIKE_UPDATES} steps in a row {text.format(share=min(shares))}"
+    return [Sign(level, evidence, told, (advice,))]
 
 
 def numerics(history: History, _: MonitorSettings) -> list[Sign]:
@@ -515,6 +546,7 @@ WATCHED = frozenset(
         "repeated_4gram_fraction",
         "longest_token_run_mean",
         "identical_response_fraction",
+        "reward_limited_fraction",
         "reward_mean",
         "reward_std",
         "reward_length_correlation",

@@ -79,6 +79,34 @@ def test_a_diagnosis_is_told_when_it_changes_and_then_not_again(tiny_model) -> N
     assert "zero_variance_reward" not in codes[5][0]
 
 
+class Lofty:
+    """Rewards that differ little for their size."""
+
+    def grade(self, texts, _items):
+        return [1000.0 + row for row in range(len(texts))]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"), [("running_std", ["reward_limited_fraction"]), ("none", [])]
+)
+def test_rewards_that_scaling_made_alike_are_told(
+    tiny_model, scaling: str, expected: list[str]
+) -> None:
+    trainer = trainer_of(tiny_model, scorer=Lofty(), learning_rate=1e-5, reward_scaling=scaling)
+
+    reports = taken(trainer, 3)
+
+    signals = [
+        evidence["metric"]
+        for event in told(reports[-1], "diagnosis.changed")
+        for finding in event.data["details"]
+        if finding["code"] == "zero_variance_reward"
+        for evidence in finding["evidence"]
+    ]
+    assert reports[-1].values["reward_std"] > 0  # as the grader gave them, they differ
+    assert signals == expected
+
+
 FAR = {"learning_rate": 0.5, "epochs": 2, "target_kl": 1e-4, "kl_coef": 0.0}
 """Updates that go much too far."""
 

@@ -275,6 +275,10 @@ CASES = [
     Case("zero_variance_reward", thrice(zero_advantage_group_fraction=0.91), "critical", GROUPS),
     Case("zero_variance_reward", thrice(zero_advantage_group_fraction=0.5), None, GROUPS),
     Case("zero_variance_reward", thrice(zero_advantage_group_fraction=0.91), None),
+    Case("zero_variance_reward", thrice(reward_limited_fraction=0.51), "warn"),
+    Case("zero_variance_reward", thrice(reward_limited_fraction=0.91), "critical"),
+    Case("zero_variance_reward", thrice(reward_limited_fraction=0.5), None),
+    Case("zero_variance_reward", course("reward_limited_fraction", [1.0, 0.5, 1.0]), None),
     # numerics: told at once, critical when it comes again.
     Case("numerics", [healthy(nonfinite_passes=1.0)], "warn"),
     Case("numerics", [healthy(nonfinite_passes=1.0)] * 2, "critical"),
