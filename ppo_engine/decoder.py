@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
 from ppo_engine.packing import Packed
-from ppo_engine.products import wide_product
+from ppo_engine.products import product, wide_product
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -73,7 +73,7 @@ class LinearGroup:
         """
         base = self.bias if onto is None else onto
         weight = self.weight.t()
-        result = inputs @ weight if base is None else torch.addmm(base, inputs, weight)
+        result = product(inputs, weight) if base is None else torch.addmm(base, inputs, weight)
         if onto is not None and self.bias is not None:
             result += self.bias
         if adapters.down is None:

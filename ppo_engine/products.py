@@ -1,7 +1,12 @@
-"""Products of matrices that add up in more digits than their factors have."""
+"""Products of matrices: in more digits than their factors have, and in shapes that are fast."""
 
 import torch
 from torch import Tensor
+
+_COLUMNS = 192
+"""Per thread, in a strip of an fp32 product on a CPU: wide results cost MKL up to a third more."""
+_ROWS = 1536
+"""In a strip of a high product: parts that stay in the caches."""
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -9,4 +14,23 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
     wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    return left.to(wide) @ right.to(wide)
+    return product(left.to(wide), right.to(wide))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, on a CPU in fp32 in strips of a wide or a high result."""
+    if left.device.type != "cpu" or left.dtype != torch.float32:
+        return left @ right
+    rows, columns = len(left), right.shape[1]
+    width = _COLUMNS * torch.get_num_threads()
+    if columns >= 2 * width:
+        result = left.new_empty(rows, columns)
+        for strip, part in zip(result.split(width, dim=1), right.split(width, dim=1), strict=True):
+            torch.mm(left, part, out=strip)
+        return result
+    if rows >= 2 * _ROWS:
+        result = left.new_empty(rows, columns)
+        for strip, part in zip(result.split(_ROWS), left.split(_ROWS), strict=True):
+            torch.mm(part, right, out=strip)
+        return result
+    return left @ right

@@ -1,0 +1,36 @@
+"""Products in strips equal whole ones, wherever a strip ends."""
+
+import pytest
+import torch
+
+from ppo_engine.products import product, wide_product
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"),
+    [
+        pytest.param(3, 5, 2 * 192 * 2 + 7, id="wide"),
+        pytest.param(2 * 1536 + 7, 5, 3, id="high"),
+        pytest.param(3, 5, 4, id="small"),
+        pytest.param(0, 5, 2000, id="no rows"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_that_of_numpy(
+    rows: int, inner: int, columns: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator, dtype=dtype)
+    right = torch.randn(columns, inner, generator=generator, dtype=dtype).t()
+
+    found = product(left, right)
+
+    assert found.dtype == dtype
+    expected = torch.from_numpy(left.double().numpy() @ right.double().numpy())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wide_product_adds_up_in_fp32() -> None:
+    ones = torch.ones(1, 4097, dtype=torch.bfloat16)  # a sum that bf16 would round
+
+    assert wide_product(ones, ones.t()).item() == 4097
