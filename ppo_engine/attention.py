@@ -1,11 +1,12 @@
 """Attention over packed rows, forward and backward.
 
-Products of matrices do it anywhere; on a CUDA device in half precision, one fused kernel.
+Products of matrices do it anywhere; fused kernels do it faster, in fp32 on a CPU and in half
+precision on a CUDA device.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class Attended(NamedTuple):
 
     result: Tensor
     """[N, queries·size]."""
-    log_normalizer: Tensor | None = None
-    """Of the fused kernel's softmax."""
+    log_normalizers: tuple[Tensor, ...] = ()
+    """Of a fused kernel's softmax, for each call of it."""
 
 
 class Attention(Protocol):
@@ -66,6 +67,8 @@ def attention_over(packed: Packed, shape: HeadShape, like: Tensor) -> Attention:
     """For tensors such as `like`."""
     if is_fused(like, shape):
         return FusedAttention(packed, shape)
+    if like.device.type == "cpu" and like.dtype == torch.float32:
+        return BlockwiseAttention(packed, shape, like)
     return PlainAttention(packed, shape, like)
 
 
@@ -76,7 +79,38 @@ class _Span(NamedTuple):
     prefix: int
     """Shared tokens before the rows' own."""
     mask: Tensor
-    """[1, rep·S, L+S]; 0 where a token may look, −∞ ahead of it."""
+    """[S, L+S]; 0 where a token may look, −∞ ahead of it."""
+
+
+def _spans(packed: Packed, like: Tensor) -> list[_Span]:
+    """The shared beginning, if there is one, and then every rectangle of rows."""
+
+    def span(rectangle: Rectangle, prefix: int) -> _Span:
+        ahead = like.new_full((rectangle.columns, rectangle.columns), -torch.inf).triu(diagonal=1)
+        return _Span(rectangle, prefix, nn.functional.pad(ahead, (prefix, 0)))
+
+    beginning = [span(Rectangle(0, 1, packed.prefix), 0)] if packed.prefix else []
+    return [*beginning, *(span(each, packed.prefix) for each in packed.rectangles)]
+
+
+def _with_beginning(flat: Tensor, span: _Span, heads: int) -> Tensor:
+    """A span of keys or values [N, heads·d], the shared ones first; [G, heads, L+S, d]."""
+    (start, rows, columns), prefix = span.rectangle, span.prefix
+    own = flat[start : span.rectangle.end].view(rows, columns, heads, -1).transpose(1, 2)
+    if not prefix:
+        return own
+    first = flat[:prefix].view(prefix, heads, -1).transpose(0, 1)
+    return torch.cat([first.expand(rows, -1, -1, -1), own], dim=2)
+
+
+def _add_by_key(flat: Tensor, found: Tensor, span: _Span) -> None:
+    """Adds gradients [G, heads, L+S, d] to a span of [N, heads·d], and to the shared beginning."""
+    (start, rows, columns), prefix = span.rectangle, span.prefix
+    heads = found.shape[1]
+    by_row = found.transpose(1, 2)
+    flat[start : span.rectangle.end].view(rows, columns, heads, -1).add_(by_row[:, prefix:])
+    if prefix:
+        flat[:prefix].view(prefix, heads, -1).add_(by_row[:, :prefix].sum(dim=0))
 
 
 class _Heads(NamedTuple):
@@ -96,15 +130,10 @@ class PlainAttention:
     def __init__(self, packed: Packed, shape: HeadShape, like: Tensor) -> None:
         self._shape = shape
         self._repeats = shape.queries // shape.keys
-        beginning = [(Rectangle(0, 1, packed.prefix), 0)] if packed.prefix else []
-        rest = [(each, packed.prefix) for each in packed.rectangles]
-        self._spans = [self._span(*each, like) for each in [*beginning, *rest]]
+        self._spans = [
+            each._replace(mask=each.mask.repeat(self._repeats, 1)) for each in _spans(packed, like)
+        ]
         self._end = len(packed.sources) - packed.filler
-
-    def _span(self, rectangle: Rectangle, prefix: int, like: Tensor) -> _Span:
-        ahead = like.new_full((rectangle.columns, rectangle.columns), -torch.inf).triu(diagonal=1)
-        mask = nn.functional.pad(ahead, (prefix, 0)).repeat(self._repeats, 1)[None]
-        return _Span(rectangle, prefix, mask)
 
     def forward(self, qkv: Tensor) -> Attended:
         """What rotated queries, keys and values [N, Σ widths] give."""
@@ -132,24 +161,21 @@ class PlainAttention:
             ).mul_(self._shape.size**-0.5)
             by_query = self._by_query(of_queries, span.rectangle)
             by_query.copy_((of_scores @ heads.keys).view(by_query.shape))
-            self._add_by_key(of_keys, of_scores.transpose(1, 2) @ heads.queries, span)
-            self._add_by_key(of_values, weights.transpose(1, 2) @ of_mixed, span)
+            by_key = (
+                (of_keys, of_scores.transpose(1, 2) @ heads.queries),
+                (of_values, weights.transpose(1, 2) @ of_mixed),
+            )
+            for flat, found in by_key:
+                _add_by_key(flat, found.unflatten(0, (span.rectangle.rows, -1)), span)
         return result
 
     def _heads(self, qkv: Tensor, span: _Span) -> _Heads:
-        (start, rows, columns), prefix = span.rectangle, span.prefix
-        kv, size = self._shape.keys, self._shape.size
-        parts = qkv[start : span.rectangle.end].split(self._shape.widths, dim=1)
-        queries = parts[0].reshape(rows, columns, kv, self._repeats, size).permute(0, 2, 3, 1, 4)
-        shared = qkv[:prefix].split(self._shape.widths, dim=1)
-        widened = []
-        for own, beginning in zip(parts[1:], shared[1:], strict=True):
-            each = own.reshape(rows, columns, kv, size).transpose(1, 2)
-            if prefix:
-                first = beginning.reshape(1, prefix, kv, size).transpose(1, 2)
-                each = torch.cat([first.expand(rows, -1, -1, -1), each], dim=2)
-            widened.append(each.reshape(rows * kv, prefix + columns, size))
-        return _Heads(queries.reshape(rows * kv, self._repeats * columns, size), *widened)
+        flat_queries, *pairs = qkv.split(self._shape.widths, dim=1)
+        queries = self._by_query(flat_queries, span.rectangle)
+        keys, values = (
+            _with_beginning(each, span, self._shape.keys).flatten(0, 1) for each in pairs
+        )
+        return _Heads(queries.flatten(0, 1).flatten(1, 2), keys, values)
 
     def _probabilities(self, heads: _Heads, span: _Span) -> Tensor:
         """Attention weights, [G·kv, rep·S, L+S]."""
@@ -165,15 +191,67 @@ class PlainAttention:
         )
         return part.permute(0, 2, 3, 1, 4)
 
-    def _add_by_key(self, flat: Tensor, found: Tensor, span: _Span) -> None:
-        """Adds gradients [G·kv, L+S, d] to a span of [N, kv·d], and to the shared beginning."""
-        (start, rows, columns), prefix = span.rectangle, span.prefix
-        kv = self._shape.keys
-        by_row = found.unflatten(0, (rows, kv)).transpose(1, 2)
-        own = flat[start : span.rectangle.end].view(rows, columns, kv, -1)
-        own.add_(by_row[:, prefix:])
-        if prefix:
-            flat[:prefix].view(prefix, kv, -1).add_(by_row[:, :prefix].sum(dim=0))
+
+class BlockwiseAttention:
+    """FlashAttention on a CPU in fp32, rectangle by rectangle; PyTorch's own kernel.
+
+    Its public function leads through autograd, so the operators below it are called.
+    """
+
+    def __init__(self, packed: Packed, shape: HeadShape, like: Tensor) -> None:
+        self._shape = shape
+        self._spans = _spans(packed, like)
+        self._end = len(packed.sources) - packed.filler
+
+    def forward(self, qkv: Tensor) -> Attended:
+        """What rotated queries, keys and values [N, Σ widths] give."""
+        result = qkv.new_empty(len(qkv), self._shape.widths[0])
+        result[self._end :] = 0
+        log_normalizers = []
+        for span in self._spans:
+            found, log_normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+                *self._heads(qkv, span), **_sight(span)
+            )
+            self._by_head(result, span.rectangle).copy_(found)
+            log_normalizers.append(log_normalizer)
+        return Attended(result, tuple(log_normalizers))
+
+    def backward(self, qkv: Tensor, attended: Attended, of_result: Tensor) -> Tensor:
+        """∂/∂qkv, [N, Σ widths]."""
+        result = torch.zeros_like(qkv)
+        of_queries, *of_pairs = result.split(self._shape.widths, dim=1)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+        for span, log_normalizer in zip(self._spans, attended.log_normalizers, strict=True):
+            by_query, *by_key = backward(
+                self._by_head(of_result, span.rectangle),
+                *self._heads(qkv, span),
+                self._by_head(attended.result, span.rectangle),
+                log_normalizer,
+                dropout_p=0.0,
+                **_sight(span),
+            )
+            self._by_head(of_queries, span.rectangle).copy_(by_query)
+            for flat, found in zip(of_pairs, by_key, strict=True):
+                _add_by_key(flat, found, span)
+        return result
+
+    def _heads(self, qkv: Tensor, span: _Span) -> tuple[Tensor, ...]:
+        """Queries [G, heads, S, d], keys and values [G, kv, L+S, d]."""
+        queries, *pairs = qkv.split(self._shape.widths, dim=1)
+        widened = (_with_beginning(each, span, self._shape.keys) for each in pairs)
+        return (self._by_head(queries, span.rectangle), *widened)
+
+    def _by_head(self, flat: Tensor, rectangle: Rectangle) -> Tensor:
+        """A rectangle of [N, heads·d] as [G, heads, S, d]; a view."""
+        part = flat[rectangle.start : rectangle.end].view(
+            rectangle.rows, rectangle.columns, self._shape.queries, self._shape.size
+        )
+        return part.transpose(1, 2)
+
+
+def _sight(span: _Span) -> dict[str, Any]:
+    """What a token may look at: itself and all before it, which needs no mask in a square."""
+    return {"is_causal": not span.prefix, "attn_mask": span.mask if span.prefix else None}
 
 
 class FusedAttention:
@@ -208,7 +286,7 @@ class FusedAttention:
             True,  # noqa: FBT003 - positions alone
             False,  # noqa: FBT003
         )
-        return Attended(result.flatten(1), log_normalizer)
+        return Attended(result.flatten(1), (log_normalizer,))
 
     def backward(self, qkv: Tensor, attended: Attended, of_result: Tensor) -> Tensor:
         """∂/∂qkv, [N, Σ widths]."""
@@ -218,7 +296,7 @@ class FusedAttention:
             of_result.view(by_head),
             *self._heads(qkv),
             attended.result.view(by_head),
-            attended.log_normalizer,
+            *attended.log_normalizers,
             *self._layout,
             0.0,
             True,  # noqa: FBT003 - positions alone

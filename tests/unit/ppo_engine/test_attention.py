@@ -1,11 +1,20 @@
-"""Which keys the fused kernel is given where rows share a beginning; the kernel needs a GPU."""
+"""Attention on a CPU by its definition, and which keys the kernel of a GPU is given."""
 
 from itertools import accumulate
 
 import pytest
 import torch
 
-from ppo_engine.attention import HeadShape, SharedKeys, is_fused, row_ends
+from ppo_engine.attention import (
+    BlockwiseAttention,
+    HeadShape,
+    PlainAttention,
+    SharedKeys,
+    attention_over,
+    is_fused,
+    row_ends,
+)
+from ppo_engine.packing import pack
 
 PREFIX = 4
 LENGTHS = [5, 5, 3, 1]
@@ -40,3 +49,86 @@ def test_a_tokens_gradient_is_the_sum_over_its_keys():
 @pytest.mark.parametrize("size", [8, 64, 256])
 def test_a_cpu_has_no_fused_kernel(size):
     assert not is_fused(torch.zeros(1, dtype=torch.bfloat16), HeadShape(2, 1, size))
+
+
+SHAPE = HeadShape(queries=6, keys=2, size=16)
+
+
+def packed_rows(prefix):
+    """Rows of several lengths, some of one, some read late, and filler behind them."""
+    tokens = torch.ones(5, 40, dtype=torch.bool)
+    read = torch.zeros_like(tokens)
+    for row, (start, end) in enumerate([(20, 40), (20, 38), (30, 33), (20, 38), (25, 36)]):
+        read[row, start:end] = True
+    return pack(tokens, read, prefix=prefix, pad_to=256)
+
+
+def attention_by_definition(packed, qkv):
+    """Each token over itself and what stands before it in its row; [N, queries·d]."""
+    queries, keys, values = (
+        each.unflatten(1, (-1, SHAPE.size)) for each in qkv.split(SHAPE.widths, dim=1)
+    )
+    rows = [range(packed.prefix)]
+    for start, count, columns in packed.rectangles:
+        rows += [range(start + i * columns, start + (i + 1) * columns) for i in range(count)]
+    result = torch.zeros(len(qkv), SHAPE.queries, SHAPE.size, dtype=qkv.dtype)
+    for number, row in enumerate(rows):
+        for token in row:
+            seen = [*(range(packed.prefix) if number else ()), *range(row.start, token + 1)]
+            for head in range(SHAPE.queries):
+                of = head // (SHAPE.queries // SHAPE.keys)
+                scores = keys[seen, of] @ queries[token, head] / SHAPE.size**0.5
+                result[token, head] = torch.softmax(scores, dim=0) @ values[seen, of]
+    return result.flatten(1)
+
+
+@pytest.mark.parametrize("prefix", [0, 16])
+@pytest.mark.parametrize("kind", [PlainAttention, BlockwiseAttention])
+def test_attention_and_its_gradient_are_those_of_the_definition(kind, prefix):
+    packed = packed_rows(prefix)
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(len(packed.sources), sum(SHAPE.widths), generator=generator)
+    of_result = torch.randn(len(qkv), SHAPE.widths[0], generator=generator)
+    of_result[len(qkv) - packed.filler :] = 0
+    exact = qkv.double().requires_grad_()
+    expected = attention_by_definition(packed, exact)
+    (of_exact,) = torch.autograd.grad(expected, exact, of_result.double())
+
+    attention = kind(packed, SHAPE, qkv)
+    found = attention.forward(qkv)
+    of_qkv = attention.backward(qkv, found, of_result)
+
+    assert packed.filler > 0
+    torch.testing.assert_close(found.result.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(of_qkv.double(), of_exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_beside_a_row_changes_no_bit_of_it():
+    generator = torch.Generator().manual_seed(3)
+    three = torch.randn(3, 40, sum(SHAPE.widths), generator=generator)
+
+    def attended(rows):
+        tokens = torch.ones(rows, 40, dtype=torch.bool)
+        packed = pack(tokens, tokens, prefix=0)
+        qkv = three[:rows].flatten(0, 1)
+        attention = BlockwiseAttention(packed, SHAPE, qkv)
+        found = attention.forward(qkv)
+        of_qkv = attention.backward(qkv, found, torch.ones_like(found.result))
+        return found.result[:40], of_qkv[:40]
+
+    for alone, beside in zip(attended(1), attended(3), strict=True):
+        assert torch.equal(alone, beside)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (torch.float32, BlockwiseAttention),
+        (torch.float64, PlainAttention),
+        (torch.bfloat16, PlainAttention),
+    ],
+)
+def test_a_cpu_takes_the_kernel_in_fp32_alone(dtype, kind):
+    like = torch.zeros(1, dtype=dtype)
+
+    assert isinstance(attention_over(packed_rows(0), SHAPE, like), kind)
