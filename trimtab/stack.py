@@ -86,6 +86,7 @@ class Stack:
         self._outside = dict(os.environ if environment is None else environment)
         self._tell = tell
         self._children: list[Child] = []
+        self._servers: EmbeddedServers | None = None
         self._open = contextlib.ExitStack()
 
     @property
@@ -119,10 +120,17 @@ class Stack:
             time.sleep(_POLL_SECONDS)
 
     def check(self) -> None:
-        """Fail if a process of the stack has ended by itself."""
+        """Fail if a process of the stack has ended by itself, or the servers' guard."""
+        if not self._has_servers():
+            log = self.home.logs / "guard.log"
+            raise Failed(f"Postgres and Valkey have ended: their guard is gone\n(log: {log})")
         for child in self._children:
             if (code := child.process.poll()) is not None:
                 raise Failed(f"{child.name} ended with code {code}\n{child.last_lines()}")
+
+    def _has_servers(self) -> bool:
+        """Whether servers of our own, if we have any, are watched over."""
+        return self._servers is None or self._servers.is_guarded()
 
     def _start(self, opening: contextlib.ExitStack) -> None:
         """Everything in the order of need; what `opening` holds is undone backwards."""
@@ -153,10 +161,10 @@ class Stack:
             return _outside_addresses(self.home, self._outside, database, redis)
         self._tell("starting Postgres and Valkey")
         try:
-            servers = opening.enter_context(EmbeddedServers(self.home.path))
+            self._servers = opening.enter_context(EmbeddedServers(self.home.path))
         except EmbeddedServersError as error:
             raise Failed(str(error)) from error
-        own = servers.endpoints
+        own = self._servers.endpoints
         if database:
             return _outside_addresses(self.home, self._outside, database, own.redis_url)
         return Addresses(
@@ -232,14 +240,15 @@ class Stack:
     def _stop(self) -> None:
         """End every process: workers first, which let their trainers save; the API last.
 
-        Ctrl-C meanwhile ends the wait.
+        Ctrl-C meanwhile ends the wait.  Without a database nothing can be handed back.
         """
+        within = _SAVE_SECONDS if self._has_servers() else 0.0
         api = [child for child in self._children if child.name == "api"]
         others = [child for child in self._children if child.name != "api"]
-        if others:
+        if others and within:
             self._tell("stopping; running trainers save their state first")
         try:
-            _end(others, within=_SAVE_SECONDS)
+            _end(others, within=within)
             _end(api, within=_API_SECONDS)
         except KeyboardInterrupt:
             self._tell("not waiting any longer")

@@ -73,6 +73,10 @@ class RunningStack:
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
         """The exit code, after the signal and the end of the process."""
         self._process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit code, once the process has ended."""
         return self._process.wait(STOP_SECONDS)
 
     def __enter__(self) -> Self:

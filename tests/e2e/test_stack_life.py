@@ -83,6 +83,21 @@ def test_no_process_lock_or_server_survives(
     assert resumed_from >= 2, "the last checkpoint was taken up"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_stack_ends_with_an_explanation_when_its_servers_do(
+    number: signal.Signals, own_home: Path, tiny_models: Path
+) -> None:
+    with RunningStack(own_home, tiny_models) as stack:
+        family = stack.family()
+        guard = next(one for one in family if "trimtab.guard" in one.cmdline())
+
+        guard.send_signal(number)
+
+        assert stack.wait() == 1
+    assert "their guard is gone" in (own_home / "up.log").read_text()
+    wait_until(lambda: all(map(is_gone, family)), seconds=GONE_SECONDS)
+
+
 def test_history_survives_a_restart_of_every_process(
     own_home: Path, tiny_models: Path, tmp_path: Path
 ) -> None:
