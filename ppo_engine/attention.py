@@ -16,6 +16,8 @@ from ppo_engine.packing import Packed, Rectangle
 _FUSED_TYPES = (torch.bfloat16, torch.float16)
 _FUSED_HEAD_STEP = 8
 _FUSED_HEAD_LIMIT = 256
+_KEY_STEP = 16
+"""A CPU's vectors of fp32 hold no more; what is left of a row's keys would round differently."""
 
 
 class HeadShape(NamedTuple):
@@ -80,6 +82,11 @@ class _Span(NamedTuple):
     """Shared tokens before the rows' own."""
     mask: Tensor
     """[S, L+S]; 0 where a token may look, −∞ ahead of it."""
+
+    @property
+    def keys(self) -> int:
+        """L+S; what the last token of a row sees."""
+        return self.prefix + self.rectangle.columns
 
 
 def _spans(packed: Packed, like: Tensor) -> list[_Span]:
@@ -232,14 +239,16 @@ class BlockwiseAttention:
             )
             self._by_head(of_queries, span.rectangle).copy_(by_query)
             for flat, found in zip(of_pairs, by_key, strict=True):
-                _add_by_key(flat, found, span)
+                _add_by_key(flat, found[:, :, : span.keys], span)
         return result
 
     def _heads(self, qkv: Tensor, span: _Span) -> tuple[Tensor, ...]:
-        """Queries [G, heads, S, d], keys and values [G, kv, L+S, d]."""
+        """Queries [G, heads, S, d], keys and values [G, kv, K, d], those after L+S for no one."""
         queries, *pairs = qkv.split(self._shape.widths, dim=1)
         widened = (_with_beginning(each, span, self._shape.keys) for each in pairs)
-        return (self._by_head(queries, span.rectangle), *widened)
+        missing = -span.keys % _KEY_STEP
+        filled = (nn.functional.pad(each, (0, 0, 0, missing)) for each in widened)
+        return (self._by_head(queries, span.rectangle), *filled)
 
     def _by_head(self, flat: Tensor, rectangle: Rectangle) -> Tensor:
         """A rectangle of [N, heads·d] as [G, heads, S, d]; a view."""
@@ -250,8 +259,11 @@ class BlockwiseAttention:
 
 
 def _sight(span: _Span) -> dict[str, Any]:
-    """What a token may look at: itself and all before it, which needs no mask in a square."""
-    return {"is_causal": not span.prefix, "attn_mask": span.mask if span.prefix else None}
+    """What a token may look at: itself and all before it; a mask where there is a beginning."""
+    if not span.prefix:
+        return {"is_causal": True}
+    mask = nn.functional.pad(span.mask, (0, -span.keys % _KEY_STEP), value=-torch.inf)
+    return {"is_causal": False, "attn_mask": mask}
 
 
 class FusedAttention:

@@ -120,6 +120,25 @@ def test_what_stands_beside_a_row_changes_no_bit_of_it():
         assert torch.equal(alone, beside)
 
 
+@pytest.mark.parametrize("length", [32, 36, 44, 72, 200])
+def test_a_shared_beginning_changes_no_bit_of_a_row(length):
+    """A vector's worth of keys must not end elsewhere, which some CPUs would round differently."""
+    generator = torch.Generator().manual_seed(3)
+    row = torch.randn(length, sum(SHAPE.widths), generator=generator)
+    tokens = torch.ones(2, length, dtype=torch.bool)
+
+    def attended(prefix):
+        packed = pack(tokens, tokens, prefix=prefix)
+        qkv = torch.cat([row[:prefix], row[prefix:], row[prefix:]])
+        return BlockwiseAttention(packed, SHAPE, qkv).forward(qkv).result
+
+    whole = attended(0)
+    for prefix in (4, 16):
+        shared = attended(prefix)
+        assert torch.equal(shared[:length], whole[:length])
+        assert torch.equal(shared[length:], whole[prefix:length])
+
+
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [
