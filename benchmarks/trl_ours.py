@@ -33,6 +33,7 @@ from benchmarks.trl_task import (
 )
 from ppo_engine.config import TrainConfig
 from ppo_engine.losses import clipped_value_error, log_ratio, surrogate_terms
+from ppo_engine.machine import faster_precision, gemm_gflops
 from ppo_engine.masking import token_mean
 from ppo_engine.policy import BaseModel, Policy
 from ppo_engine.prompts import EncodedPrompt
@@ -100,8 +101,9 @@ def take_steps(steps: Steps) -> StepAnswer:
         peak_memory_bytes=peak_memory_bytes(),
         trained_parameters=sum(p.numel() for p in [*adapter.values(), *critic.values()]),
         critic_parameters=sum(p.numel() for p in critic.values()),
-        note=f"{config.critic} critic; micro-batches of {config.micro_batch_size} rows; the first "
-        f"step's self-check, {_check_seconds(reports[0]):.1f} s, is left out",
+        note=f"{config.precision}; {config.critic} critic; micro-batches of "
+        f"{config.micro_batch_size} rows; the first step's self-check, "
+        f"{_check_seconds(reports[0]):.1f} s, is left out",
     )
 
 
@@ -122,9 +124,14 @@ def _config(steps: Steps) -> TrainConfig:
             "max_response_tokens": steps.response_tokens,
             "learning_rate": steps.learning_rate,
             "value_learning_rate": steps.value_learning_rate,
-            "precision": steps.dtype,
+            "precision": _precision(steps),
         }
     )
+
+
+def _precision(steps: Steps) -> str:
+    """By default the faster one, by the measurement that a job begins with."""
+    return faster_precision(gemm_gflops("cpu")) if steps.dtype == "default" else steps.dtype
 
 
 def _endless(base: BaseModel) -> BaseModel:

@@ -46,7 +46,7 @@ from benchmarks.trl_task import (
     reward,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "default": torch.float32}
 TEMPERATURE = 1.0
 
 

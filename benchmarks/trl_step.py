@@ -265,7 +265,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--response-tokens", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=4)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "default"), default="fp32")
     parser.add_argument("--prompts", choices=("plain", "chat"), default="plain")
     parser.add_argument("--critic", choices=("full", "lora"), default="full", help="TRL's")
     parser.add_argument("--learning", action="store_true", help="compare learning, not speed")

@@ -22,7 +22,7 @@ LORA_RANK = 16
 LORA_ALPHA = 32
 CHARACTERS_PER_POINT = 10
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "default"]
 TrlCritic = Literal["full", "lora"]
 
 
@@ -41,7 +41,7 @@ class Steps:
     epochs: int
     minibatches: int
     dtype: Dtype
-    """Of the weights as they are loaded."""
+    """Of the weights as they are loaded; `default` is what each side takes when told nothing."""
     trl_critic: TrlCritic
     """`full` trains all weights of a second model, `lora` adapters on it."""
     warmup_steps: int

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_engine.packing import filled_length
-from ppo_engine.policy import CausalPolicy
+from ppo_engine.packing import CommonShape, common_prefix, filled_length
+from ppo_engine.policy import CausalPolicy, read_states
 from ppo_engine.rollout import Samples
 
 
@@ -22,8 +22,8 @@ class MicroBatch:
     """[size] int64; row numbers in the rollout."""
     is_real: Tensor
     """[size] bool; False = a filler that must count nowhere."""
-    pad_to: int = 0
-    """Tokens of the forward pass, at least; filled up."""
+    shape: CommonShape | None = None
+    """Of the forward pass, where it must be that of all others."""
 
 
 class Layout:
@@ -33,23 +33,23 @@ class Layout:
       with the first row.
     - Packed rows in fp32: rows of like length together, as many as fit the tokens of `size` longest
       rows.  Products round a row the same whatever stands beside it.
-    - Packed rows in other formats: `size` rows at a time, filled up to one number of tokens.
+    - Packed rows in other formats: `size` rows at a time, of one shape: the beginning that all rows
+      of the rollout share once, and filled up to what the longest rows take.
     """
 
     def __init__(self, policy: CausalPolicy, samples: Samples, size: int) -> None:
         self._size = size
         self._packs = policy.packs
-        self._has_one_shape = policy.rounds_by_shape
         lengths = samples.attention_mask.sum(dim=1).tolist()
         self._lengths = torch.tensor([filled_length(length) for length in lengths])
+        self._shape = self._common_shape(samples) if policy.rounds_by_shape else None
 
     def micro_batches(self, rows: Tensor) -> list[MicroBatch]:
         """The numbered rows, each once."""
         if not self._packs:
             return _filled(rows, self._size)
-        if self._has_one_shape:
-            pad_to = int(self._lengths.sort(descending=True).values[: self._size].sum())
-            return [_real(part, pad_to) for part in rows.split(self._size)]
+        if self._shape is not None:
+            return [_real(part, self._shape) for part in rows.split(self._size)]
         lengths = self._lengths[rows.cpu()]
         order = lengths.argsort(descending=True, stable=True)
         budget = self._size * int(self._lengths.max())
@@ -61,9 +61,15 @@ class Layout:
             tokens += length
         return [_real(part) for part in rows[order.to(rows.device)].tensor_split(ends)]
 
+    def _common_shape(self, samples: Samples) -> CommonShape:
+        read = read_states(samples.response_mask, samples.tokens)
+        prefix = common_prefix(samples.tokens, samples.attention_mask, read)
+        longest = self._lengths.sort(descending=True).values[: self._size]
+        return CommonShape(prefix + int((longest - prefix).sum()), prefix)
 
-def _real(rows: Tensor, pad_to: int = 0) -> MicroBatch:
-    return MicroBatch(rows, torch.ones_like(rows, dtype=torch.bool), pad_to)
+
+def _real(rows: Tensor, shape: CommonShape | None = None) -> MicroBatch:
+    return MicroBatch(rows, torch.ones_like(rows, dtype=torch.bool), shape)
 
 
 def _filled(rows: Tensor, size: int) -> list[MicroBatch]:

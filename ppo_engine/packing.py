@@ -34,6 +34,15 @@ class Rectangle(NamedTuple):
         return self.start + self.rows * self.columns
 
 
+class CommonShape(NamedTuple):
+    """What every micro-batch of a rollout is brought to where products round by their shape."""
+
+    tokens: int
+    """Of the flat sequence, the beginning and filler included."""
+    prefix: int
+    """Leading tokens that all rows of the rollout share."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
     """Rows of a micro-batch as one flat sequence of N tokens."""

@@ -27,7 +27,7 @@ from ppo_engine.errors import InvalidConfig, ModelLoadFailed
 from ppo_engine.generation import DecoderGeneration, Generation, ModelGeneration, position_ids
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
 from ppo_engine.machine import block_entries
-from ppo_engine.packing import Packed, common_prefix, pack
+from ppo_engine.packing import CommonShape, Packed, common_prefix, pack
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _POLICY, _CRITIC, _REFERENCE = "default", "critic", "kl_reference"
@@ -307,16 +307,16 @@ class Policy(CausalPolicy):
         attention_mask: Tensor,
         response_mask: Tensor,
         *,
-        pad_to: int = 0,
+        shape: CommonShape | None = None,
         boundary: Tensor | None = None,
         entropy_gradient: bool = True,
     ) -> Evaluation:
         """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
 
-        `pad_to`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
+        `shape`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
         `entropy_gradient` the entropy is a number only.
         """
-        rows = self._rows(tokens, attention_mask, read_states(response_mask, tokens), pad_to)
+        rows = self._rows(tokens, attention_mask, read_states(response_mask, tokens), shape)
         rows = rows._replace(boundary=boundary)
         states = self._states(rows, _POLICY)
         result = head_logprobs(
@@ -338,7 +338,7 @@ class Policy(CausalPolicy):
         attention_mask: Tensor,
         response_mask: Tensor,
         *,
-        pad_to: int = 0,
+        shape: CommonShape | None = None,
         with_last_values: bool = True,
     ) -> Estimates:
         """What `evaluate` says, exactly, with what is needed once per rollout.
@@ -349,7 +349,7 @@ class Policy(CausalPolicy):
         is_last = (
             _last_states(response_mask, tokens) if with_last_values else torch.zeros_like(read)
         )
-        rows = self._rows(tokens, attention_mask, read | is_last, pad_to)
+        rows = self._rows(tokens, attention_mask, read | is_last, shape)
         if self._decoder is not None and rows.packed is not None and self._decoder.lowest_adapted:
             rows = rows._replace(boundary=self._decoder.boundary(tokens, rows.packed))
         is_chosen = read[read | is_last]
@@ -371,11 +371,14 @@ class Policy(CausalPolicy):
             boundary=states.new_zeros(*tokens.shape, 0) if rows.boundary is None else rows.boundary,
         )
 
-    def _rows(self, tokens: Tensor, attention_mask: Tensor, read: Tensor, pad_to: int) -> "_Rows":
+    def _rows(
+        self, tokens: Tensor, attention_mask: Tensor, read: Tensor, shape: CommonShape | None
+    ) -> "_Rows":
         packed = None
         if self._decoder is not None and bool(read.any()):
-            prefix = common_prefix(tokens, attention_mask, read)
-            packed = pack(attention_mask, read, prefix=prefix, pad_to=pad_to)
+            if shape is None:
+                shape = CommonShape(tokens=0, prefix=common_prefix(tokens, attention_mask, read))
+            packed = pack(attention_mask, read, prefix=shape.prefix, pad_to=shape.tokens)
         return _Rows(tokens, attention_mask, read, packed)
 
     def _states(self, rows: "_Rows", adapter: str | None) -> Tensor:

@@ -100,7 +100,7 @@ def _drift_without_learning(
                     rollout.samples.tokens[batch.rows],
                     rollout.samples.attention_mask[batch.rows],
                     mask,
-                    pad_to=batch.pad_to,
+                    shape=batch.shape,
                     boundary=rollout.boundary_of(batch.rows),
                 )
             d = current.logprobs.detach() - rollout.old_logprobs[batch.rows]

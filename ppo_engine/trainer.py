@@ -245,7 +245,7 @@ class Trainer:
                 samples.tokens[batch.rows],
                 samples.attention_mask[batch.rows],
                 samples.response_mask[batch.rows] & batch.is_real[:, None],
-                pad_to=batch.pad_to,
+                shape=batch.shape,
                 with_last_values=self.config.bootstrap_truncated,
             )
             order.append(batch.rows[batch.is_real])

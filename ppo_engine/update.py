@@ -242,7 +242,7 @@ class Updater:
             rollout.samples.tokens[batch.rows],
             rollout.samples.attention_mask[batch.rows],
             mask,
-            pad_to=batch.pad_to,
+            shape=batch.shape,
             boundary=rollout.boundary_of(batch.rows),
             entropy_gradient=self._config.entropy_coef != 0,
         )
