@@ -1,12 +1,12 @@
 """Whether the cost of a step grows as it should: with its tokens, and with nothing else.
 
-    python -m benchmarks.scaling --model FOLDER [--layers 4] [--steps 200]
+    python -m benchmarks.scaling --model FOLDER [--layers 4] [--steps 200] [--precision bf16]
 
 - seconds per response token over response lengths and over rows: to stay level, but for attention's
   own growth;
 - the share of filler among the tokens computed in the update when a third of the responses stop
   early;
-- memory over many steps: to stay level.
+- memory over many steps with responses of all lengths: to stay level.
 
 `--layers` takes only so many of the model's layers, which changes none of these ratios and makes
 them quick to measure.  Ratios hold within one run; medians of the steps after the first.
@@ -26,7 +26,7 @@ import torch
 from benchmarks.step import HERE, ResponseLength
 from ppo_engine.config import TrainConfig
 from ppo_engine.layout import Layout
-from ppo_engine.packing import common_prefix, pack
+from ppo_engine.packing import CommonShape, common_prefix, pack
 from ppo_engine.policy import BaseModel, Policy, read_states
 from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rows import Prompt
@@ -36,20 +36,29 @@ from ppo_engine.trainer import Trainer
 PROMPT_TOKENS = 24
 RESPONSE_TOKENS = (16, 64, 256)
 ROWS = (8, 32, 128, 256)
+STOP_EVERY = 30
+"""Of the vocabulary's entries one in so many ends a response of the memory curve."""
 SMALL = 8
 """Micro-batch, and rows and response tokens where they are not what varies."""
 
 
-def loaded(model: Path, *, layers: int) -> BaseModel:
+def loaded(model: Path, *, layers: int, precision: str) -> BaseModel:
     """The model's lowest layers, which answer no stop token."""
-    base = BaseModel.load(model, precision="fp32", device="cpu")
+    base = BaseModel.load(model, precision=precision, device="cpu")
     backbone = base.model.base_model
     backbone.layers = backbone.layers[:layers]
     base.model.config.num_hidden_layers = layers
     return dataclasses.replace(base, stop_ids=(len(base.tokenizer),))
 
 
-def trainer_of(base: BaseModel, *, rows: int, response_tokens: int, steps: int) -> Trainer:
+def trainer_of(
+    base: BaseModel,
+    *,
+    rows: int,
+    response_tokens: int,
+    steps: int,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> Trainer:
     """A run on random prompts without a common beginning."""
     settings = json.loads((HERE / "step_config.json").read_text())
     settings |= {
@@ -59,10 +68,11 @@ def trainer_of(base: BaseModel, *, rows: int, response_tokens: int, steps: int) 
         "micro_batch_size": SMALL,
         "max_response_tokens": response_tokens,
         "total_steps": steps,
+        "precision": "fp32" if base.model.dtype is torch.float32 else "bf16",
     }
     config = TrainConfig.from_dict(settings)
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(1000, 40_000, (rows, PROMPT_TOKENS), generator=generator)
+    words = torch.randint(1000, 40_000, (rows, prompt_tokens), generator=generator)
     prompt = Prompt(messages=({"role": "user", "content": "-"},), item={})
     prompts = [
         EncodedPrompt(prompt=prompt, line=1, token_ids=tuple(each)) for each in words.tolist()
@@ -72,10 +82,15 @@ def trainer_of(base: BaseModel, *, rows: int, response_tokens: int, steps: int) 
 
 
 def seconds_per_token(base: BaseModel, *, rows: int, response_tokens: int) -> dict[str, float]:
-    """Of sampling and of learning, median of two steps after the first."""
-    trainer = trainer_of(base, rows=rows, response_tokens=response_tokens, steps=3)
+    """Of sampling and of learning, median of four steps after the first.
+
+    Prompts are as long as responses: those take the output head, too, so their share must stay.
+    """
+    trainer = trainer_of(
+        base, rows=rows, response_tokens=response_tokens, steps=5, prompt_tokens=response_tokens
+    )
     reports = list(trainer.steps())[1:]
-    computed = rows * (PROMPT_TOKENS + response_tokens)
+    computed = rows * 2 * response_tokens
     return {
         phase: statistics.median(r.values[f"seconds.{phase}"] or 0.0 for r in reports) / computed
         for phase in ("sample", "learn")
@@ -105,7 +120,8 @@ def filler_share(base: BaseModel) -> float:
         for batch in layout.micro_batches(rows):
             tokens, seen = samples.tokens[batch.rows], attention[batch.rows]
             read = read_states(mask[batch.rows], tokens)
-            packed = pack(seen, read, prefix=common_prefix(tokens, seen, read))
+            shape = batch.shape or CommonShape(0, common_prefix(tokens, seen, read))
+            packed = pack(seen, read, prefix=shape.prefix, pad_to=shape.tokens)
             computed += len(packed.sources)
             real += int(packed.is_real.sum())
     return 1 - real / computed
@@ -113,7 +129,9 @@ def filler_share(base: BaseModel) -> float:
 
 def memory_over(base: BaseModel, steps: int) -> list[float]:
     """Peak memory after each step, MiB."""
-    trainer = trainer_of(base, rows=SMALL, response_tokens=16, steps=steps)
+    stops = tuple(range(0, len(base.tokenizer), STOP_EVERY))
+    base = dataclasses.replace(base, stop_ids=stops)
+    trainer = trainer_of(base, rows=2 * SMALL, response_tokens=64, steps=steps)
     return [(r.values["peak_memory_bytes"] or 0.0) / 2**20 for r in trainer.steps()]
 
 
@@ -137,11 +155,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200, help="of the memory curve")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args(arguments)
-    base = loaded(options.model, layers=options.layers)
+    base = loaded(options.model, layers=options.layers, precision=options.precision)
     print(
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{options.layers} layers, relative to the first line of each table"
+        f"{options.layers} layers, {options.precision}, relative to the first line of each table"
     )
     report(
         "response tokens (8 rows)",

@@ -31,10 +31,10 @@ class Layout:
 
     - Padded rows (models that our decoder does not know): always the same [size, P+T], filled up
       with the first row.
-    - Packed rows in fp32: rows of like length together, as many as fit the tokens of `size` longest
-      rows.  Products round a row the same whatever stands beside it.
-    - Packed rows in other formats: `size` rows at a time, of one shape: the beginning that all rows
-      of the rollout share once, and filled up to what the longest rows take.
+    - Packed rows where products round a row the same whatever stands beside it, as they do in fp32:
+      rows of like length together, as many as fit the tokens of `size` longest rows.
+    - Packed rows elsewhere: `size` rows at a time, of one shape: the beginning that all rows of the
+      rollout share once, and filled up to what the longest rows take.
     """
 
     def __init__(self, policy: CausalPolicy, samples: Samples, size: int) -> None:

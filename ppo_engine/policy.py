@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from ppo_engine.generation import DecoderGeneration, Generation, ModelGeneration
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
 from ppo_engine.machine import block_entries
 from ppo_engine.packing import CommonShape, Packed, common_prefix, pack
+from ppo_engine.products import row_depends_on_others
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _POLICY, _CRITIC, _REFERENCE = "default", "critic", "kl_reference"
@@ -160,10 +162,15 @@ class CausalPolicy:
         """Whether rows are laid end to end, so that their padding costs nothing."""
         return self._decoder is not None
 
-    @property
+    @cached_property
     def rounds_by_shape(self) -> bool:
-        """Whether a row's last bits may depend on how many tokens stand beside it."""
-        return self._dtype is not torch.float32
+        """Whether a row's last bits may depend on how many tokens stand beside it.
+
+        In fp32 they do not (`packing.FEWEST_TOKENS`); other formats are tried out.
+        """
+        if self._dtype is torch.float32 or self._decoder is None:
+            return False
+        return row_depends_on_others([group.weight for group in self._decoder.layers[0].groups])
 
     def _attention(self, attention_mask: Tensor, queries: int) -> Tensor:
         """What the model takes as its mask; [B, S] in.

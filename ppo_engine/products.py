@@ -1,5 +1,8 @@
 """Products of matrices: in more digits than their factors have, and in shapes that are fast."""
 
+import os
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,27 @@ _COLUMNS = 192
 """Per thread, in a strip of an fp32 product on a CPU: wide results cost MKL up to a third more."""
 _ROWS = 1536
 """In a strip of a high product: parts that stay in the caches."""
+# oneDNN, which makes the products in bf16, keeps half a megabyte or more for every shape it has
+# met, of up to 1,024 unless it is told otherwise before the first one.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+_TRIED_ROWS = 512
+_TRIED_PARTS = (slice(0, 32), slice(7, 107), slice(100, 357), slice(200, 512))
+"""Rows that are tried alone: few and many, at even and at odd places."""
+
+
+def row_depends_on_others(weights: Sequence[Tensor]) -> bool:
+    """Whether a row's product with one of the weights [out, in] depends on the rows beside it.
+
+    In its last bits, and as tried out here and now: another machine may use other kernels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        rows = torch.randn(_TRIED_ROWS, weight.shape[1], generator=generator).to(weight)
+        together = rows @ weight.t()
+        if any(not torch.equal(rows[part] @ weight.t(), together[part]) for part in _TRIED_PARTS):
+            return True
+    return False
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:

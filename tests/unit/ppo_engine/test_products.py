@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ppo_engine.products import product, wide_product
+from ppo_engine.products import product, row_depends_on_others, wide_product
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,19 @@ def test_a_wide_product_adds_up_in_fp32() -> None:
     ones = torch.ones(1, 4097, dtype=torch.bfloat16)  # a sum that bf16 would round
 
     assert wide_product(ones, ones.t()).item() == 4097
+
+
+class ByCount(torch.Tensor):
+    """A weight whose products round by the number of their rows."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result + len(args[0]) if func.__name__.strip("_") == "matmul" else result
+
+
+def test_whether_a_row_depends_on_others_is_tried_out():
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+
+    assert not row_depends_on_others([weight])
+    assert row_depends_on_others([weight, weight.as_subclass(ByCount)])
