@@ -223,6 +223,9 @@ class Postgres:
         }
         if not self._fsync:
             settings |= {"fsync": "off", "full_page_writes": "off"}
+        # Who wrote it has ended, as the guard has made sure.  Postgres goes by the number alone,
+        # which a process that is being reaped still has, and any other may have got.
+        (self.directory / "postmaster.pid").unlink(missing_ok=True)
         command = [self._program("postgres"), "-D", str(self.directory)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]

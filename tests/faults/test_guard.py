@@ -263,6 +263,28 @@ def test_left_over_servers_are_stopped_first(person: Person, home: Path) -> None
         assert stored(owner) == {"before the left-over"}
 
 
+def test_a_lock_file_whose_server_is_gone_is_no_obstacle(person: Person, home: Path) -> None:
+    """Its number may belong to another process by now, or to a zombie that nobody waits for."""
+    with owner_of(person, home) as owner:
+        store(owner, "before the end")
+        postgres = psutil.Process(owner.endpoints.postgres_pid)
+        command, uid = postgres.cmdline(), postgres.uids().real
+        lock_file = Path(command[command.index("-D") + 1]) / "postmaster.pid"
+        _, rest = lock_file.read_text().split("\n", maxsplit=1)
+        owner.close()
+    somebody = start_unguarded(["sleep", "600"], uid)
+    lock_file.write_text(f"{somebody.pid}\n{rest}")
+    os.chown(lock_file, uid, -1)
+
+    try:
+        with owner_of(person, home) as owner:
+            assert stored(owner) == {"before the end"}
+        assert somebody.poll() is None
+    finally:
+        somebody.kill()
+        somebody.wait()
+
+
 def start_unguarded(command: list[str], uid: int) -> "subprocess.Popen[bytes]":
     """A server as a killed guard would leave it on a system without death signals."""
     is_other = uid != os.geteuid()
