@@ -207,7 +207,10 @@ class BlockwiseAttention:
 
     def __init__(self, packed: Packed, shape: HeadShape, like: Tensor) -> None:
         self._shape = shape
-        self._spans = _spans(packed, like)
+        self._spans = [
+            each._replace(mask=nn.functional.pad(each.mask, (0, _missing(each)), value=-torch.inf))
+            for each in _spans(packed, like)
+        ]
         self._end = len(packed.sources) - packed.filler
 
     def forward(self, qkv: Tensor) -> Attended:
@@ -246,8 +249,7 @@ class BlockwiseAttention:
         """Queries [G, heads, S, d], keys and values [G, kv, K, d], those after L+S for no one."""
         queries, *pairs = qkv.split(self._shape.widths, dim=1)
         widened = (_with_beginning(each, span, self._shape.keys) for each in pairs)
-        missing = -span.keys % _KEY_STEP
-        filled = (nn.functional.pad(each, (0, 0, 0, missing)) for each in widened)
+        filled = (nn.functional.pad(each, (0, 0, 0, _missing(span))) for each in widened)
         return (self._by_head(queries, span.rectangle), *filled)
 
     def _by_head(self, flat: Tensor, rectangle: Rectangle) -> Tensor:
@@ -258,12 +260,14 @@ class BlockwiseAttention:
         return part.transpose(1, 2)
 
 
+def _missing(span: _Span) -> int:
+    """Filler keys behind a row's own."""
+    return -span.keys % _KEY_STEP
+
+
 def _sight(span: _Span) -> dict[str, Any]:
     """What a token may look at: itself and all before it; a mask where there is a beginning."""
-    if not span.prefix:
-        return {"is_causal": True}
-    mask = nn.functional.pad(span.mask, (0, -span.keys % _KEY_STEP), value=-torch.inf)
-    return {"is_causal": False, "attn_mask": mask}
+    return {"is_causal": not span.prefix, "attn_mask": span.mask if span.prefix else None}
 
 
 class FusedAttention:

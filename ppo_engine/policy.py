@@ -166,10 +166,13 @@ class CausalPolicy:
     def rounds_by_shape(self) -> bool:
         """Whether a row's last bits may depend on how many tokens stand beside it.
 
-        In fp32 they do not (`packing.FEWEST_TOKENS`); other formats are tried out.
+        In fp32 they do not (`packing.FEWEST_TOKENS`); other formats are tried out on a CPU, and on
+        other devices they may.
         """
         if self._dtype is torch.float32 or self._decoder is None:
             return False
+        if self.device.type != "cpu":
+            return True
         return row_depends_on_others([group.weight for group in self._decoder.layers[0].groups])
 
     def _attention(self, attention_mask: Tensor, queries: int) -> Tensor:
