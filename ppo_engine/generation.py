@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, rms_norm
 from ppo_engine.key_values import FusedKeyValues, KeyValues, Prompts, key_values
 from ppo_engine.logprobs import OutputHead
+from ppo_engine.machine import packed_copy_bytes
 from ppo_engine.packing import Packed, common_prefix, pack
+from ppo_engine.products import PackedWeight
 
 
 class Patience(NamedTuple):
@@ -60,7 +62,7 @@ class DecoderGeneration:
     ) -> None:
         self._decoder = decoder
         self._head = head
-        self._adapters = _adapters_for(decoder, adapter)
+        self._linears = _linears(decoder, adapter)
         self._adapter = adapter
         self._room = max_response_tokens
         self._cache: KeyValues
@@ -93,7 +95,7 @@ class DecoderGeneration:
             room=self._room,
         )
         self._cache = key_values(prompts, self._decoder.shape)
-        return self._head.scores_of_few(states).repeat_interleave(copies, dim=0)
+        return self._head.scores(states).repeat_interleave(copies, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Scores z/τ [B, V] after one more token of each sequence; [B] in.
@@ -115,19 +117,19 @@ class DecoderGeneration:
         turned = decoder.shape.queries + decoder.shape.keys
         hidden = decoder.embedded(tokens)
         for number, layer in enumerate(decoder.layers):
-            adapters = self._adapters[number]
+            into_attention, out_of_attention, into_mlp, out_of_mlp = self._linears[number]
             normed, _ = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
-            qkv = _outputs(layer.qkv, normed, adapters[0])
+            qkv = into_attention.outputs(normed)
             heads = qkv.unflatten(1, (-1, decoder.shape.size)).contiguous()
             rotation.turn(heads[:, :turned])
             attended = cache.attend(number, heads)
-            hidden = _outputs(layer.output, attended, adapters[1], onto=hidden)
+            hidden = out_of_attention.outputs(attended, onto=hidden)
             normed, _ = rms_norm(hidden, layer.mlp_norm, decoder.epsilon)
-            gate, up = _outputs(layer.gate_up, normed, adapters[2]).chunk(2, dim=1)
+            gate, up = into_mlp.outputs(normed).chunk(2, dim=1)
             product = nn.functional.silu(gate).mul_(up)
-            hidden = _outputs(layer.down, product, adapters[3], onto=hidden)
+            hidden = out_of_mlp.outputs(product, onto=hidden)
         states, _ = rms_norm(hidden, decoder.norm, decoder.epsilon)
-        return self._head.scores_of_few(states)
+        return self._head.scores(states)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the numbered sequences alone; [B'] int64."""
@@ -160,34 +162,56 @@ class _RecordedStep:
         return self._result
 
 
-def _adapters_for(decoder: Decoder, name: str | None) -> list[list[GroupAdapters]]:
-    """Each layer's; on a GPU, where the number of products counts, one addition a group."""
-    found = decoder.group_adapters(name)
-    if not decoder.norm.is_cuda:
-        return found
+class _Linear(Protocol):
+    """A group of linear layers with its adapters."""
+
+    def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """[N, Σ out] of [N, in], added to `onto`."""
+
+
+class _PlainLinear:
+    """On the weights as they are; one addition a group, as here the number of products counts."""
+
+    def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
+        self._group = group
+        self._adapters = adapters.joined(len(group.weight))
+
+    def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """[N, Σ out] of [N, in], added to `onto`."""
+        return self._group.forward(inputs, self._adapters, onto=onto)[0]
+
+
+class _PackedLinear:
+    """On a packed copy of the weights, with the adapters' inner values as further outputs."""
+
+    def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
+        weight, bias, self._up = group.weight, group.bias, None
+        self._width = len(weight)
+        if adapters.down is not None:
+            weight = torch.cat([weight, adapters.down])
+            (addition,) = adapters.joined(self._width).additions
+            self._up = addition.up.t()
+            if bias is not None:
+                bias = nn.functional.pad(bias, (0, len(adapters.down)))
+        self._weight, self._bias = PackedWeight(weight), bias
+
+    def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """[N, Σ out] of [N, in], added to `onto`."""
+        result = self._weight.product(inputs, self._bias)
+        if self._up is not None:
+            inner = result[:, self._width :]
+            result = torch.addmm(result[:, : self._width], inner, self._up)
+        return result if onto is None else result.add_(onto)
+
+
+def _linears(decoder: Decoder, adapter: str | None) -> list[list[_Linear]]:
+    """Each layer's groups; packed where they can be and the copy is small beside the memory."""
+    weights = [group.weight for layer in decoder.layers for group in layer.groups]
+    kind = _PackedLinear if packed_copy_bytes(weights) else _PlainLinear
     return [
-        [
-            adapters.joined(len(group.weight))
-            for group, adapters in zip(layer.groups, of_layer, strict=True)
-        ]
-        for layer, of_layer in zip(decoder.layers, found, strict=True)
+        [kind(group, each) for group, each in zip(layer.groups, of_layer, strict=True)]
+        for layer, of_layer in zip(decoder.layers, decoder.group_adapters(adapter), strict=True)
     ]
-
-
-def _outputs(
-    group: LinearGroup, inputs: Tensor, adapters: GroupAdapters, *, onto: Tensor | None = None
-) -> Tensor:
-    """A group's outputs [N, Σ out] for few tokens [N, in]; on a CPU computed as columns."""
-    if inputs.is_cuda:
-        return group.forward(inputs, adapters, onto=onto)[0]
-    result = group.weight @ inputs.t()
-    if group.bias is not None:
-        result += group.bias[:, None]
-    if adapters.down is not None:
-        inner = adapters.down @ inputs.t()
-        for columns, rank, up in adapters.additions:
-            result[columns].addmm_(up, inner[rank])
-    return result.t() if onto is None else onto + result.t()
 
 
 def _own_places(packed: Packed, lengths: Tensor) -> Tensor:
@@ -235,7 +259,7 @@ class ModelGeneration:
         return self._scores(states)
 
     def _scores(self, states: Tensor) -> Tensor:
-        return self._head.scores_of_few(states[:, -1])
+        return self._head.scores(states[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the numbered sequences alone; [B'] int64."""

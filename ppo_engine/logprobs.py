@@ -6,14 +6,13 @@ does over its keys (online softmax, arXiv:1805.02867).  The gradient is summed u
 so the backward pass makes no scores again.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ppo_engine.packing import FEWEST_TOKENS
-from ppo_engine.products import wide_product
+from ppo_engine.products import PackedWeight, is_packable, product, wide_format, wide_product
 
 
 class TokenLogprobs(NamedTuple):
@@ -35,45 +34,74 @@ class HeadComparison(NamedTuple):
     """KL(π‖π_ref) = Σ_v π·(ln π − ln π_ref) over the whole vocabulary."""
 
 
-class OutputHead(NamedTuple):
-    """The frozen layer from hidden states to next-token scores, and how it is used."""
+class OutputHead:
+    """The frozen layer from hidden states to next-token scores z/τ, in blocks of the vocabulary.
 
-    weight: Tensor
-    """[V, H]; any float format."""
-    bias: Tensor | None
-    """[V], or None."""
-    temperature: float
-    """τ."""
-    block_entries: int
-    """Vocabulary entries whose scores are held at once; more need memory."""
+    Scores are at least fp32 whatever the model's format is; a CPU needs wide weights for that,
+    which are held once more, packed where they can be.
+    """
 
-    def blocks(self) -> Iterator[tuple[int, "OutputHead"]]:
-        """The head in parts of about equal size, each with the number of its first entry."""
-        count = -(-len(self.weight) // self.block_entries)
-        size = -(-len(self.weight) // count)
-        for start in range(0, len(self.weight), size):
-            part = slice(start, start + size)
-            bias = None if self.bias is None else self.bias[part]
-            yield start, self._replace(weight=self.weight[part], bias=bias)
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, temperature: float, block_entries: int
+    ) -> None:
+        """`weight` [V, H], `bias` [V]; at most `block_entries` entries' scores are held at once."""
+        self.weight = weight
+        self.bias = bias
+        self.temperature = temperature
+        count = -(-len(weight) // block_entries)
+        size = -(-len(weight) // count)
+        self.blocks = tuple(
+            HeadBlock(
+                start,
+                weight[start : start + size],
+                None if bias is None else bias[start : start + size],
+                temperature,
+            )
+            for start in range(0, len(weight), size)
+        )
 
     def scores(self, states: Tensor) -> Tensor:
-        """z/τ of hidden states [N, H] -> [N, V], at least fp32 whatever the model's format is."""
-        return self._scaled(wide_product(states, self.weight.t()))
-
-    def scores_of_few(self, states: Tensor) -> Tensor:
-        """The same, faster for few tokens: with the weights on the left of the product."""
+        """z/τ of hidden states [N, H] -> [N, V], all at once."""
         if states.is_cuda:
-            return self.scores(states)
-        return self._scaled(wide_product(self.weight, states.t()).t().contiguous())
+            whole = HeadBlock(0, self.weight, self.bias, self.temperature)
+            return whole.scores(states)
+        return torch.cat([block.scores(states) for block in self.blocks], dim=1)
+
+
+class HeadBlock:
+    """Some neighbouring entries of the vocabulary."""
+
+    def __init__(self, start: int, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+        self.start = start
+        """Number of the first entry."""
+        self._weight = weight
+        self._wide = _wide_weight(weight)
+        self._bias = None if bias is None else bias.to(wide_format(weight.dtype))
+        self._temperature = temperature
+
+    def scores(self, states: Tensor) -> Tensor:
+        """z/τ of hidden states [N, H] -> [N, V'], at least fp32."""
+        if isinstance(self._wide, PackedWeight):
+            scores = self._wide.product(states.to(torch.float32), self._bias)
+        else:
+            scores = wide_product(states, self._wide.t())
+            if self._bias is not None:
+                scores += self._bias
+        return scores if self._temperature == 1 else scores.div_(self._temperature)
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """Σ_v weight·W_v for weights [N, V] -> [N, H]; in the format of the head's products."""
-        return wide_product(weights.to(self.weight.dtype), self.weight)
+        """Σ_v weight·W_v for weights [N, V'] -> [N, H]; on a CPU in the model's format."""
+        weights = weights.to(self._weight.dtype)
+        if weights.is_cuda:
+            return wide_product(weights, self._weight)
+        return product(weights, self._weight)
 
-    def _scaled(self, scores: Tensor) -> Tensor:
-        if self.bias is not None:
-            scores += self.bias.to(scores)
-        return scores if self.temperature == 1 else scores.div_(self.temperature)
+
+def _wide_weight(weight: Tensor) -> "Tensor | PackedWeight":
+    if weight.is_cuda:
+        return weight
+    wide = weight.to(wide_format(weight.dtype))
+    return PackedWeight(wide) if is_packable(wide.device, wide.dtype) else wide
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float) -> TokenLogprobs:
@@ -114,12 +142,12 @@ def head_comparison(
     """
     ours, theirs = _Walk(states, tokens), _Walk(reference_states, tokens)
     difference = torch.zeros_like(ours.top)
-    for start, block in head.blocks():
+    for block in head.blocks:
         our_scores, their_scores = (block.scores(walk.states) for walk in (ours, theirs))
         ours_less_theirs = our_scores - their_scores
         before = ours.top
-        weights = ours.take_in(start, our_scores)
-        theirs.take_in(start, their_scores)
+        weights = ours.take_in(block.start, our_scores)
+        theirs.take_in(block.start, their_scores)
         difference *= (before - ours.top).exp()
         difference += torch.linalg.vecdot(weights, ours_less_theirs)
     kl = difference / ours.total - ours.log_normalizer + theirs.log_normalizer
@@ -143,8 +171,7 @@ class _Walk:
         self.states = nn.functional.pad(states, (0, 0, 0, missing))
         """[N, H], filled up."""
         self._tokens = nn.functional.pad(tokens, (0, missing))
-        wide = torch.promote_types(states.dtype, torch.float32)
-        zeros = self.states.new_zeros(len(self.states), dtype=wide)
+        zeros = self.states.new_zeros(len(self.states), dtype=wide_format(states.dtype))
         self.top = zeros - torch.inf
         """Highest score."""
         self.total = zeros
@@ -156,8 +183,7 @@ class _Walk:
 
     def take_in(self, start: int, scores: Tensor) -> Tensor:
         """Adds a block of scores [N, V'], which it turns into z − top; their exp(z − top)."""
-        places = (self._tokens - start)[:, None]
-        inside = places.clamp(0, scores.shape[1] - 1)
+        places, inside = self._places(start, scores.shape[1])
         is_here = (places == inside)[:, 0]
         found = scores.gather(1, inside)[:, 0]
         self._chosen = torch.where(is_here, found, self._chosen)
@@ -171,6 +197,17 @@ class _Walk:
         self.total = scale * self.total + weights.sum(dim=1)
         self.top = top
         return weights
+
+    def leave_out_chosen(self, start: int, weights: Tensor) -> None:
+        """Sets a block's weights [N, V'] of the chosen tokens to 0."""
+        places, inside = self._places(start, weights.shape[1])
+        kept = weights.gather(1, inside).masked_fill_(places == inside, 0)
+        weights.scatter_(1, inside, kept)
+
+    def _places(self, start: int, entries: int) -> tuple[Tensor, Tensor]:
+        """Where the chosen tokens stand in a block, [N, 1], and the same moved into the block."""
+        places = (self._tokens - start)[:, None]
+        return places, places.clamp(0, entries - 1)
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -201,14 +238,15 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, states: Tensor, tokens: Tensor, head: OutputHead, wanted: _Gradients
     ) -> tuple[Tensor, Tensor]:
         walk = _Walk(states, tokens)
-        # Σ exp(z − top)·W and Σ exp(z − top)·(z − top)·W, [N, H].
+        # Without the chosen tokens, Σ exp(z − top)·W and Σ exp(z − top)·(z − top)·W, [N, H].
         plain, weighted = (
             torch.zeros_like(walk.states, dtype=walk.top.dtype) if each else None for each in wanted
         )
-        for start, block in head.blocks():
+        for block in head.blocks:
             before, scores = walk.top, block.scores(walk.states)
-            weights = walk.take_in(start, scores)
+            weights = walk.take_in(block.start, scores)
             if plain is not None:
+                walk.leave_out_chosen(block.start, weights)
                 shift = torch.where(before > -torch.inf, before - walk.top, 0.0)[:, None]
                 if weighted is not None:
                     weighted.addcmul_(plain, shift).mul_(shift.exp())
@@ -216,11 +254,16 @@ class _HeadLogprobs(torch.autograd.Function):
                 plain.mul_(shift.exp()).add_(block.mixed(weights))
         real = len(states)
         if plain is not None:
-            total = walk.total[:, None]
-            of_logprobs = head.weight[tokens].to(plain.dtype) - (plain / total)[:real]
+            chosen = head.weight[tokens].to(plain.dtype)
+            others = (plain / walk.total[:, None])[:real]
+            p, log_p = walk.logprobs.exp()[:real, None], walk.logprobs[:real, None]
+            of_logprobs = chosen * (1 - p) - others
             of_entropy = None
             if weighted is not None:
-                of_entropy = ((plain * walk.mean[:, None] - weighted) / total)[:real]
+                entropy = walk.entropy[:real, None]
+                of_entropy = others * walk.mean[:real, None]
+                of_entropy -= (weighted / walk.total[:, None])[:real]
+                of_entropy -= chosen * (p * (log_p + entropy))
                 of_entropy /= head.temperature
             ctx.gradients = of_logprobs.div_(head.temperature), of_entropy
         ctx.dtype = states.dtype

@@ -3,11 +3,14 @@
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ppo_engine.products import is_packable
 
 _SHAPE = (512, 576, 1536)
 """A linear layer of a small model: tokens, inputs, outputs."""
@@ -21,6 +24,7 @@ _CPU_TOKENS = 1024
 """Tokens of a micro-batch beyond which measured steps get no faster."""
 _SHARE_OF_MEMORY = 0.5
 """Of what is free, for the activations of one micro-batch."""
+_SHARE_FOR_COPIES = 0.1
 _BLOCK_ENTRIES = {"cuda": 16_384}
 _CPU_BLOCK_ENTRIES = 2048
 _SCORE_BYTES = 4
@@ -104,18 +108,48 @@ def step_bytes(
 ) -> int:
     """Most memory that a step takes on top of the weights, estimated.
 
-    The larger one of sampling's, keys and values with whole rows of scores, and learning's,
-    activations with a block of scores.
+    The larger one of sampling's, keys and values with whole rows of scores and a copy of the
+    weights, and learning's, activations with a block of scores; and the head's copy.
     """
     config = model.config
     _, kv, head_size = _head_shape(config)
     cache = 2 * kv * head_size * config.num_hidden_layers * model.dtype.itemsize
     scores = _SCORES_AT_ONCE * _SCORE_BYTES
     sampling = responses * (longest_row * cache + config.vocab_size * scores)
+    sampling += packed_copy_bytes(_inner_weights(model))
     block = min(config.vocab_size, block_entries(device)) * scores
     learning = micro_batch_rows * (longest_row * bytes_per_token(model) + response_tokens * block)
-    needed: int = max(sampling, learning)
+    needed: int = max(sampling, learning) + _head_copy_bytes(model)
     return needed
+
+
+def _inner_weights(model: Any) -> list[Tensor]:
+    """Matrices between the embedding and the output head."""
+    outside = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    return [
+        weight
+        for weight in model.parameters()
+        if weight.ndim == 2 and not any(weight is each for each in outside)
+    ]
+
+
+def _head_copy_bytes(model: Any) -> int:
+    """Of the copy in fp32 that a CPU makes scores with."""
+    weight = model.get_output_embeddings().weight
+    is_copied = weight.dtype != torch.float32 or is_packable(weight.device, torch.float32)
+    return weight.numel() * _SCORE_BYTES if is_copied and not weight.is_cuda else 0
+
+
+def packed_copy_bytes(weights: Sequence[Tensor]) -> int:
+    """What packed copies of the weights take while responses are sampled; 0 where none are made.
+
+    They may take a share of all memory, not of what is free: a run must do the same when it is
+    taken up again.
+    """
+    needed = sum(weight.nbytes for weight in weights)
+    limit = _SHARE_FOR_COPIES * min(_total_bytes(), _group_limit_bytes())
+    fits = all(is_packable(each.device, each.dtype) for each in weights) and needed <= limit
+    return needed if fits else 0
 
 
 def free_bytes(device: str) -> int:
@@ -132,7 +166,11 @@ def _available_bytes() -> int:
     for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _total_bytes() // 2
+
+
+def _total_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _group_limit_bytes() -> int:

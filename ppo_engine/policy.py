@@ -140,16 +140,11 @@ class CausalPolicy:
         self._sampling_adapter = _POLICY if isinstance(model, PeftModel) else None
         bias = self._output.bias
         self._head = OutputHead(
-            weight=self._head_weight(),
-            bias=None if bias is None else bias.detach().float(),
+            self._output.weight.detach(),
+            None if bias is None else bias.detach(),
             temperature=temperature,
             block_entries=block_entries(self.device.type),
         )
-
-    def _head_weight(self) -> Tensor:
-        """Scores are fp32 whatever the base is; a CPU needs fp32 weights for that."""
-        weight: Tensor = self._output.weight.detach()
-        return weight if self.device.type == "cuda" else weight.float()
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Products of matrices: in more digits than their factors have, and in shapes that are fast."""
+"""Products of matrices: in more digits than their factors have, in shapes and layouts that suit."""
 
 import os
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ _ROWS = 1536
 # met, of up to 1,024 unless it is told otherwise before the first one.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
+_PACKED_FOR = 16
+"""Rows; the layout serves other numbers of them as well."""
 _TRIED_ROWS = 512
 _TRIED_PARTS = (slice(0, 32), slice(7, 107), slice(100, 357), slice(200, 512))
 """Rows that are tried alone: few and many, at even and at odd places."""
@@ -33,11 +35,49 @@ def row_depends_on_others(weights: Sequence[Tensor]) -> bool:
     return False
 
 
+def is_packable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `PackedWeight` takes such weights: on x86 processors that compute in the format."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 - no public name
+    return dtype == torch.float32
+
+
+class PackedWeight:
+    """A weight in oneDNN's own layout, read in the order in which products need it.
+
+    That is worth most with few rows, whose products take as long as reading the weight; a row's
+    result does not depend on the rows beside it.  PyTorch's compiler packs weights so for
+    inference; there is no public function for it.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """`weight` [out, in], copied."""
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(  # noqa: SLF001
+            weight.contiguous(), _PACKED_FOR
+        )
+
+    def product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows·Wᵀ + bias, [N, out]; rows are [N, in], the bias [out]."""
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+            rows.contiguous(), self._weight, bias, "none", [], ""
+        )
+        return result
+
+
+def wide_format(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """The product of two matrices, summed up and given in fp32 or wider."""
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
-    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    wide = wide_format(torch.promote_types(left.dtype, right.dtype))
     return product(left.to(wide), right.to(wide))
 
 

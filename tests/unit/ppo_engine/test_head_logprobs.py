@@ -15,6 +15,9 @@ SINGLE = 1e-5
 """Of fp32 results."""
 HALF = 1e-5
 """All that bf16 hidden states may lose on their way through the head."""
+SURE = 0.02
+BF16_ROUNDING = 2**-6
+"""Of a gradient, relative: a few roundings of 2⁻⁹ each."""
 TOKENS, HIDDEN, VOCABULARY = 11, 6, 17
 
 
@@ -24,12 +27,21 @@ def states_of(seed: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def head_of(
-    *, block_entries: int = 4, temperature: float = 0.7, dtype: torch.dtype = torch.float64
+    *,
+    block_entries: int = 4,
+    temperature: float = 0.7,
+    dtype: torch.dtype = torch.float64,
+    has_bias: bool = True,
 ) -> OutputHead:
     generator = torch.Generator().manual_seed(100)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
     bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
-    return OutputHead(weight.to(dtype), bias.to(dtype), temperature, block_entries)
+    return OutputHead(
+        weight.to(dtype),
+        bias.to(dtype) if has_bias else None,
+        temperature=temperature,
+        block_entries=block_entries,
+    )
 
 
 CHOSEN = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(7))
@@ -51,13 +63,11 @@ def gradient(head: OutputHead, of_logprobs: Tensor, of_entropy: Tensor) -> Tenso
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_it_gives_the_numbers_of_the_full_logits(temperature: float, *, has_bias: bool) -> None:
-    head = head_of(temperature=temperature)
+    head = head_of(temperature=temperature, has_bias=has_bias)
     states = states_of(0)
     logits = states @ head.weight.T
-    if has_bias:
+    if head.bias is not None:
         logits = logits + head.bias
-    else:
-        head = head._replace(bias=None)
 
     found = head_logprobs(states, CHOSEN, head)
 
@@ -73,9 +83,7 @@ def test_it_gives_the_numbers_of_the_full_logits(temperature: float, *, has_bias
 
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_its_gradient_is_that_of_finite_differences(*, has_bias: bool) -> None:
-    head = head_of(temperature=0.7)
-    if not has_bias:
-        head = head._replace(bias=None)
+    head = head_of(temperature=0.7, has_bias=has_bias)
     states = states_of(0).requires_grad_()
 
     assert torch.autograd.gradcheck(lambda x: tuple(head_logprobs(x, CHOSEN, head)), (states,))
@@ -99,7 +107,8 @@ def test_blocks_of_any_size_give_the_same(entries: int) -> None:
 
 def test_a_tokens_bits_do_not_depend_on_its_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
-    head = OutputHead(torch.randn(258, 64, generator=generator), None, 0.7, 100)
+    weight = torch.randn(258, 64, generator=generator)
+    head = OutputHead(weight, None, temperature=0.7, block_entries=100)
     states = torch.randn(150, 64, generator=generator)
     tokens = torch.randint(258, (150,), generator=generator)
 
@@ -129,7 +138,8 @@ def test_without_an_entropy_gradient_the_entropy_is_a_number_only() -> None:
 
 def test_scores_far_apart_overflow_nothing() -> None:
     # The highest score comes last, a thousand nats above the first block's.
-    head = OutputHead(torch.arange(VOCABULARY).double()[:, None] * 100, None, 1.0, 4)
+    weight = torch.arange(VOCABULARY).double()[:, None] * 100
+    head = OutputHead(weight, None, temperature=1.0, block_entries=4)
     states = torch.tensor([[1.0], [-1.0]]).double().requires_grad_()
     tokens = torch.tensor([VOCABULARY - 1, VOCABULARY - 1])
 
@@ -143,15 +153,40 @@ def test_scores_far_apart_overflow_nothing() -> None:
 
 def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
     states = states_of(0, dtype=torch.bfloat16)
-    exact = head_of(dtype=torch.float32)
-    exact = exact._replace(weight=exact.weight.double(), bias=exact.bias.double())
+    head = head_of(dtype=torch.bfloat16)
+    exact = OutputHead(
+        head.weight.double(), head.bias.double(), temperature=0.7, block_entries=VOCABULARY
+    )
 
-    found = head_logprobs(states, CHOSEN, head_of(dtype=torch.float32))
+    found = head_logprobs(states, CHOSEN, head)
     expected = head_logprobs(states.double(), CHOSEN, exact)
 
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=HALF)
+
+
+def test_a_sure_choice_keeps_its_small_gradient_in_bf16() -> None:
+    # The others' shares are some 1e-4: far less than bf16 rounds the chosen entry's row by.
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
+    weight = weight.to(torch.bfloat16)
+    tokens = torch.full((TOKENS,), 3)
+    states = (states_of(0, dtype=torch.bfloat16) / 4 + 5 * weight[3]).detach()
+    head = OutputHead(weight, None, temperature=1.0, block_entries=4)
+    exact = OutputHead(weight.double(), None, temperature=1.0, block_entries=VOCABULARY)
+
+    found, expected = (
+        torch.autograd.grad(head_logprobs(x, tokens, each).logprobs.sum(), x)[0]
+        for x, each in (
+            (states.clone().requires_grad_(), head),
+            (states.double().requires_grad_(), exact),
+        )
+    )
+
+    error = torch.linalg.vector_norm(found.double() - expected, dim=1)
+    size = torch.linalg.vector_norm(expected, dim=1)
+    assert size.max() < SURE
+    assert (error / size).max() < BF16_ROUNDING
 
 
 def kl_of(states: Tensor, reference_states: Tensor, head: OutputHead) -> Tensor:
@@ -219,9 +254,9 @@ def test_the_scores_are_never_held_for_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     held = []
-    scores = OutputHead.scores
+    scores = engine.HeadBlock.scores
     monkeypatch.setattr(
-        engine.OutputHead, "scores", lambda head, x: (held.append(scores(head, x)), held[-1])[1]
+        engine.HeadBlock, "scores", lambda head, x: (held.append(scores(head, x)), held[-1])[1]
     )
 
     gradient(head_of(block_entries=3), upstream(1), upstream(2))

@@ -104,13 +104,16 @@ def test_free_memory_respects_the_containers_limit(monkeypatch):
 @pytest.mark.parametrize(
     ("responses", "expected"),
     [
-        # By hand: 4 rows of 30 tokens with 864 bytes, and 20 tokens' 50 scores of 4 bytes, thrice.
-        (4, 4 * (30 * 864 + 20 * 50 * 12)),
-        # Keys and values: 30 tokens × 3 layers × 2 × 2 heads × 2 numbers of 4 bytes; 50 scores.
-        (900, 900 * (30 * 96 + 50 * 12)),
+        # By hand: 4 rows of 30 tokens with 864 bytes, and 20 tokens' 50 scores of 4 bytes, thrice;
+        # the head's copy, 50 entries of 8 numbers.
+        (4, 4 * (30 * 864 + 20 * 50 * 12) + 50 * 8 * 4),
+        # Keys and values: 30 tokens × 3 layers × 2 × 2 heads × 2 numbers of 4 bytes; 50 scores;
+        # a copy of 3 layers: q and o 8·8, k and v 4·8, three of the MLP 16·8, each of 4 bytes.
+        (900, 900 * (30 * 96 + 50 * 12) + 50 * 8 * 4 + 3 * (2 * 64 + 2 * 32 + 3 * 128) * 4),
     ],
 )
-def test_a_step_takes_what_its_larger_part_takes(responses, expected):
+def test_a_step_takes_what_its_larger_part_takes(monkeypatch, responses, expected):
+    monkeypatch.setattr(machine, "is_packable", lambda _device, _dtype: True)
     found = machine.step_bytes(
         tiny_llama(),
         "cpu",
@@ -121,6 +124,25 @@ def test_a_step_takes_what_its_larger_part_takes(responses, expected):
     )
 
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "group", "packable", "expected"),
+    [
+        (4000, 10**9, True, 400),
+        (3999, 10**9, True, 0),  # a tenth is not enough
+        (10**9, 3999, True, 0),
+        (10**9, 10**9, False, 0),
+    ],
+)
+def test_weights_are_copied_where_a_tenth_of_all_memory_holds_them(
+    monkeypatch, total, group, packable, expected
+):
+    monkeypatch.setattr(machine, "_total_bytes", lambda: total)
+    monkeypatch.setattr(machine, "_group_limit_bytes", lambda: group)
+    monkeypatch.setattr(machine, "is_packable", lambda _device, _dtype: packable)
+
+    assert machine.packed_copy_bytes([torch.zeros(7, 10), torch.zeros(3, 10)]) == expected
 
 
 @pytest.mark.parametrize(("free", "level"), [(3 * 2**30, "info"), (2**30, "warn")])

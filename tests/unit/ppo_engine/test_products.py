@@ -1,9 +1,15 @@
-"""Products in strips equal whole ones, wherever a strip ends."""
+"""Products in strips and of packed weights equal plain ones."""
 
 import pytest
 import torch
 
-from ppo_engine.products import product, row_depends_on_others, wide_product
+from ppo_engine.products import (
+    PackedWeight,
+    is_packable,
+    product,
+    row_depends_on_others,
+    wide_product,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,49 @@ def test_a_wide_product_adds_up_in_fp32() -> None:
     ones = torch.ones(1, 4097, dtype=torch.bfloat16)  # a sum that bf16 would round
 
     assert wide_product(ones, ones.t()).item() == 4097
+
+
+CPU = torch.device("cpu")
+PACKABLE = [each for each in (torch.float32, torch.bfloat16) if is_packable(CPU, each)]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", PACKABLE)
+def test_a_packed_weight_gives_the_product_of_numpy(dtype: torch.dtype, *, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9, 70, generator=generator).to(dtype)
+    weight = torch.randn(131, 70, generator=generator).to(dtype)
+    bias = torch.randn(131, generator=generator).to(dtype) if has_bias else None
+
+    found = PackedWeight(weight).product(rows, bias)
+
+    expected = rows.double().numpy() @ weight.double().numpy().T
+    if bias is not None:
+        expected += bias.double().numpy()
+    assert found.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        found.double(), torch.from_numpy(expected), rtol=max(rounding, 1e-5), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", PACKABLE)
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    packed = PackedWeight(torch.randn(384, 96, generator=generator).to(dtype))
+    rows = torch.randn(300, 96, generator=generator).to(dtype)
+
+    together = packed.product(rows)
+
+    for first in range(0, 300, 23):
+        for count in (1, 3, 20, 77):
+            part = slice(first, first + count)
+            assert torch.equal(packed.product(rows[part]), together[part])
+
+
+def test_only_a_cpus_own_formats_are_packed() -> None:
+    assert not is_packable(CPU, torch.float64)
+    assert not is_packable(torch.device("cuda"), torch.float32)
 
 
 class ByCount(torch.Tensor):
