@@ -182,26 +182,22 @@ class _PlainLinear:
 
 
 class _PackedLinear:
-    """On a packed copy of the weights, with the adapters' inner values as further outputs."""
+    """On a packed copy of the weights, with the adapters' inner values as further inputs."""
 
     def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
-        weight, bias, self._up = group.weight, group.bias, None
-        self._width = len(weight)
+        weight = group.weight
+        self._down = None
         if adapters.down is not None:
-            weight = torch.cat([weight, adapters.down])
-            (addition,) = adapters.joined(self._width).additions
-            self._up = addition.up.t()
-            if bias is not None:
-                bias = nn.functional.pad(bias, (0, len(adapters.down)))
-        self._weight, self._bias = PackedWeight(weight), bias
+            self._down = PackedWeight(adapters.down)
+            (addition,) = adapters.joined(len(weight)).additions
+            weight = torch.cat([weight, addition.up], dim=1)
+        self._weight, self._bias = PackedWeight(weight), group.bias
 
     def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """[N, Σ out] of [N, in], added to `onto`."""
-        result = self._weight.product(inputs, self._bias)
-        if self._up is not None:
-            inner = result[:, self._width :]
-            result = torch.addmm(result[:, : self._width], inner, self._up)
-        return result if onto is None else result.add_(onto)
+        if self._down is not None:
+            inputs = torch.cat([inputs, self._down.product(inputs)], dim=1)
+        return self._weight.product(inputs, bias=self._bias, onto=onto)
 
 
 def _linears(decoder: Decoder, adapter: str | None) -> list[list[_Linear]]:

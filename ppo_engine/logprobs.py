@@ -82,7 +82,7 @@ class HeadBlock:
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V'], at least fp32."""
         if isinstance(self._wide, PackedWeight):
-            scores = self._wide.product(states.to(torch.float32), self._bias)
+            scores = self._wide.product(states.to(torch.float32), bias=self._bias)
         else:
             scores = wide_product(states, self._wide.t())
             if self._bias is not None:

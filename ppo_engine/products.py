@@ -60,11 +60,15 @@ class PackedWeight:
             weight.contiguous(), _PACKED_FOR
         )
 
-    def product(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        """rows·Wᵀ + bias, [N, out]; rows are [N, in], the bias [out]."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            rows.contiguous(), self._weight, bias, "none", [], ""
-        )
+    def product(
+        self, rows: Tensor, *, bias: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """rows·Wᵀ + bias + onto, [N, out]; rows are [N, in], the bias [out], `onto` [N, out]."""
+        multiply, rows = torch.ops.mkldnn._linear_pointwise, rows.contiguous()  # noqa: SLF001
+        if onto is not None:
+            added: Tensor = multiply.binary(rows, onto.contiguous(), self._weight, bias, "add")
+            return added
+        result: Tensor = multiply(rows, self._weight, bias, "none", [], "")
         return result
 
 

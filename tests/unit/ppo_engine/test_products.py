@@ -46,19 +46,26 @@ CPU = torch.device("cpu")
 PACKABLE = [each for each in (torch.float32, torch.bfloat16) if is_packable(CPU, each)]
 
 
+@pytest.mark.parametrize("has_onto", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", PACKABLE)
-def test_a_packed_weight_gives_the_product_of_numpy(dtype: torch.dtype, *, has_bias: bool) -> None:
+def test_a_packed_weight_gives_the_product_of_numpy(
+    dtype: torch.dtype, *, has_bias: bool, has_onto: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(9, 70, generator=generator).to(dtype)
     weight = torch.randn(131, 70, generator=generator).to(dtype)
     bias = torch.randn(131, generator=generator).to(dtype) if has_bias else None
 
-    found = PackedWeight(weight).product(rows, bias)
+    onto = torch.randn(9, 131, generator=generator).to(dtype) if has_onto else None
+
+    found = PackedWeight(weight).product(rows, bias=bias, onto=onto)
 
     expected = rows.double().numpy() @ weight.double().numpy().T
     if bias is not None:
         expected += bias.double().numpy()
+    if onto is not None:
+        expected += onto.double().numpy()
     assert found.dtype == dtype
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(
