@@ -1,6 +1,6 @@
 """Attention over packed rows, forward and backward.
 
-Products of matrices do it anywhere; fused kernels do it faster, in fp32 on a CPU and in half
+Products of matrices do it anywhere; fused kernels do it faster: on a CPU in fp32, and in half
 precision on a CUDA device.
 """
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ppo_engine.packing import Packed, Rectangle
+from ppo_engine.products import wide_format
 
 _FUSED_TYPES = (torch.bfloat16, torch.float16)
 _FUSED_HEAD_STEP = 8
 _FUSED_HEAD_LIMIT = 256
+_SHORT_KEYS = 256
+"""In bf16 plain products beat the blockwise kernel, which is none in bf16, up to about here."""
 _KEY_STEP = 16
 """A CPU's vectors of fp32 hold no more; what is left of a row's keys would round differently."""
 
@@ -41,8 +44,8 @@ class Attended(NamedTuple):
 
     result: Tensor
     """[N, queries·size]."""
-    log_normalizers: tuple[Tensor, ...] = ()
-    """Of a fused kernel's softmax, for each call of it."""
+    log_normalizers: tuple[Tensor | None, ...] = ()
+    """Of the softmax, for each call of a kernel; None where a kernel needs none."""
 
 
 class Attention(Protocol):
@@ -69,9 +72,7 @@ def attention_over(packed: Packed, shape: HeadShape, like: Tensor) -> Attention:
     """For tensors such as `like`."""
     if is_fused(like, shape):
         return FusedAttention(packed, shape)
-    if like.device.type == "cpu" and like.dtype == torch.float32:
-        return BlockwiseAttention(packed, shape, like)
-    return PlainAttention(packed, shape, like)
+    return SpanwiseAttention(packed, shape, like)
 
 
 class _Span(NamedTuple):
@@ -131,14 +132,34 @@ class _Heads(NamedTuple):
     """[G·kv, L+S, d]."""
 
 
-class PlainAttention:
-    """Products of matrices, rectangle by rectangle."""
+class SpanKernel(Protocol):
+    """Attention of one span of rows; writes into tensors that it shares with the other spans."""
 
-    def __init__(self, packed: Packed, shape: HeadShape, like: Tensor) -> None:
+    def __init__(self, span: _Span, shape: HeadShape, like: Tensor) -> None: ...
+
+    def forward(self, qkv: Tensor, result: Tensor) -> Tensor | None:
+        """Sets the span's part of `result` [N, queries·d]; what its backward pass needs besides."""
+
+    def backward(
+        self, qkv: Tensor, attended: Attended, number: int, of_result: Tensor, of_qkv: Tensor
+    ) -> None:
+        """Adds the span's part of ∂/∂qkv to `of_qkv` [N, Σ widths]; it is span `number`."""
+
+
+class SpanwiseAttention:
+    """Attention span by span, each with the kernel that suits it."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        shape: HeadShape,
+        like: Tensor,
+        kind: type[SpanKernel] | None = None,
+    ) -> None:
+        """All spans take the kernel `kind` if it is given."""
         self._shape = shape
-        self._repeats = shape.queries // shape.keys
-        self._spans = [
-            each._replace(mask=each.mask.repeat(self._repeats, 1)) for each in _spans(packed, like)
+        self._kernels = [
+            (kind or _kernel_for(span, like))(span, shape, like) for span in _spans(packed, like)
         ]
         self._end = len(packed.sources) - packed.filler
 
@@ -146,128 +167,152 @@ class PlainAttention:
         """What rotated queries, keys and values [N, Σ widths] give."""
         result = qkv.new_empty(len(qkv), self._shape.widths[0])
         result[self._end :] = 0
-        for span in self._spans:
-            heads = self._heads(qkv, span)
-            mixed = self._probabilities(heads, span) @ heads.values
-            by_query = self._by_query(result, span.rectangle)
-            by_query.copy_(mixed.view(by_query.shape))
-        return Attended(result)
+        return Attended(result, tuple(kernel.forward(qkv, result) for kernel in self._kernels))
 
-    def backward(self, qkv: Tensor, attended: Attended, of_result: Tensor) -> Tensor:  # noqa: ARG002
-        """∂/∂qkv, [N, Σ widths]; the attention weights are made again."""
-        result = torch.zeros_like(qkv)
-        of_queries, of_keys, of_values = result.split(self._shape.widths, dim=1)
-        for span in self._spans:
-            heads = self._heads(qkv, span)
-            weights = self._probabilities(heads, span)
-            of_mixed = self._by_query(of_result, span.rectangle).reshape(heads.queries.shape)
-            of_weights = of_mixed @ heads.values.transpose(1, 2)
-            # The public way to this fused kernel leads through autograd.
-            of_scores = torch._softmax_backward_data(  # noqa: SLF001
-                of_weights, weights, -1, weights.dtype
-            ).mul_(self._shape.size**-0.5)
-            by_query = self._by_query(of_queries, span.rectangle)
-            by_query.copy_((of_scores @ heads.keys).view(by_query.shape))
-            by_key = (
-                (of_keys, of_scores.transpose(1, 2) @ heads.queries),
-                (of_values, weights.transpose(1, 2) @ of_mixed),
-            )
-            for flat, found in by_key:
-                _add_by_key(flat, found.unflatten(0, (span.rectangle.rows, -1)), span)
-        return result
+    def backward(self, qkv: Tensor, attended: Attended, of_result: Tensor) -> Tensor:
+        """∂/∂qkv, [N, Σ widths]."""
+        of_qkv = torch.zeros_like(qkv)
+        for number, kernel in enumerate(self._kernels):
+            kernel.backward(qkv, attended, number, of_result, of_qkv)
+        return of_qkv
 
-    def _heads(self, qkv: Tensor, span: _Span) -> _Heads:
+
+def _kernel_for(span: _Span, like: Tensor) -> type[SpanKernel]:
+    """By number format and by the length of the span's rows alone.
+
+    A row must get the same kernel in every micro-batch.
+    """
+    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
+        return PlainKernel
+    is_long = like.dtype == torch.float32 or span.keys > _SHORT_KEYS
+    return BlockwiseKernel if is_long else PlainKernel
+
+
+class PlainKernel:
+    """Products of matrices."""
+
+    def __init__(self, span: _Span, shape: HeadShape, like: Tensor) -> None:  # noqa: ARG002
+        self._shape = shape
+        self._span = span
+        self._mask = span.mask.repeat(shape.queries // shape.keys, 1)
+
+    def forward(self, qkv: Tensor, result: Tensor) -> None:
+        """Sets the span's part of `result` [N, queries·d]."""
+        heads = self._heads(qkv)
+        mixed = self._probabilities(heads) @ heads.values
+        by_query = self._by_query(result)
+        by_query.copy_(mixed.view(by_query.shape))
+
+    def backward(
+        self,
+        qkv: Tensor,
+        attended: Attended,  # noqa: ARG002
+        number: int,  # noqa: ARG002
+        of_result: Tensor,
+        of_qkv: Tensor,
+    ) -> None:
+        """Adds the span's part of ∂/∂qkv; the attention weights are made again."""
+        of_queries, of_keys, of_values = of_qkv.split(self._shape.widths, dim=1)
+        heads = self._heads(qkv)
+        weights = self._probabilities(heads)
+        of_mixed = self._by_query(of_result).reshape(heads.queries.shape)
+        of_weights = of_mixed @ heads.values.transpose(1, 2)
+        # The public way to this fused kernel leads through autograd.
+        of_scores = torch._softmax_backward_data(  # noqa: SLF001
+            of_weights, weights, -1, weights.dtype
+        ).mul_(self._shape.size**-0.5)
+        by_query = self._by_query(of_queries)
+        by_query.copy_((of_scores @ heads.keys).view(by_query.shape))
+        by_key = (
+            (of_keys, of_scores.transpose(1, 2) @ heads.queries),
+            (of_values, weights.transpose(1, 2) @ of_mixed),
+        )
+        for flat, found in by_key:
+            _add_by_key(flat, found.unflatten(0, (self._span.rectangle.rows, -1)), self._span)
+
+    def _heads(self, qkv: Tensor) -> _Heads:
         flat_queries, *pairs = qkv.split(self._shape.widths, dim=1)
-        queries = self._by_query(flat_queries, span.rectangle)
+        queries = self._by_query(flat_queries)
         keys, values = (
-            _with_beginning(each, span, self._shape.keys).flatten(0, 1) for each in pairs
+            _with_beginning(each, self._span, self._shape.keys).flatten(0, 1) for each in pairs
         )
         return _Heads(queries.flatten(0, 1).flatten(1, 2), keys, values)
 
-    def _probabilities(self, heads: _Heads, span: _Span) -> Tensor:
+    def _probabilities(self, heads: _Heads) -> Tensor:
         """Attention weights, [G·kv, rep·S, L+S]."""
         scores = torch.baddbmm(
-            span.mask, heads.queries, heads.keys.transpose(1, 2), alpha=self._shape.size**-0.5
+            self._mask, heads.queries, heads.keys.transpose(1, 2), alpha=self._shape.size**-0.5
         )
         return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
-    def _by_query(self, flat: Tensor, rectangle: Rectangle) -> Tensor:
-        """A rectangle of [N, queries·d] as [G, kv, rep, S, d]; a view."""
-        part = flat[rectangle.start : rectangle.end].view(
-            rectangle.rows, rectangle.columns, self._shape.keys, -1, self._shape.size
+    def _by_query(self, flat: Tensor) -> Tensor:
+        """The span's part of [N, queries·d] as [G, kv, rep, S, d]; a view."""
+        start, rows, columns = self._span.rectangle
+        part = flat[start : self._span.rectangle.end].view(
+            rows, columns, self._shape.keys, -1, self._shape.size
         )
         return part.permute(0, 2, 3, 1, 4)
 
 
-class BlockwiseAttention:
-    """FlashAttention on a CPU in fp32, rectangle by rectangle; PyTorch's own kernel.
+class BlockwiseKernel:
+    """FlashAttention on a CPU in fp32, PyTorch's own kernel; other formats are converted.
 
     Its public function leads through autograd, so the operators below it are called.
     """
 
-    def __init__(self, packed: Packed, shape: HeadShape, like: Tensor) -> None:
+    def __init__(self, span: _Span, shape: HeadShape, like: Tensor) -> None:
         self._shape = shape
-        self._spans = [
-            each._replace(mask=nn.functional.pad(each.mask, (0, _missing(each)), value=-torch.inf))
-            for each in _spans(packed, like)
-        ]
-        self._end = len(packed.sources) - packed.filler
+        self._span = span
+        self._missing = -span.keys % _KEY_STEP
+        """Filler keys behind a row's own."""
+        self._format = wide_format(like.dtype)
+        mask = nn.functional.pad(span.mask, (0, self._missing), value=-torch.inf)
+        # Itself and all before it; a mask where there is a beginning.
+        self._sight: dict[str, Any] = {
+            "is_causal": not span.prefix,
+            "attn_mask": mask.to(self._format) if span.prefix else None,
+        }
 
-    def forward(self, qkv: Tensor) -> Attended:
-        """What rotated queries, keys and values [N, Σ widths] give."""
-        result = qkv.new_empty(len(qkv), self._shape.widths[0])
-        result[self._end :] = 0
-        log_normalizers = []
-        for span in self._spans:
-            found, log_normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
-                *self._heads(qkv, span), **_sight(span)
-            )
-            self._by_head(result, span.rectangle).copy_(found)
-            log_normalizers.append(log_normalizer)
-        return Attended(result, tuple(log_normalizers))
+    def forward(self, qkv: Tensor, result: Tensor) -> Tensor:
+        """Sets the span's part of `result` [N, queries·d]; the softmax's log-normalizers."""
+        found, log_normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+            *self._heads(qkv), **self._sight
+        )
+        self._by_head(result).copy_(found)
+        return log_normalizer  # type: ignore[no-any-return]
 
-    def backward(self, qkv: Tensor, attended: Attended, of_result: Tensor) -> Tensor:
-        """∂/∂qkv, [N, Σ widths]."""
-        result = torch.zeros_like(qkv)
-        of_queries, *of_pairs = result.split(self._shape.widths, dim=1)
+    def backward(
+        self, qkv: Tensor, attended: Attended, number: int, of_result: Tensor, of_qkv: Tensor
+    ) -> None:
+        """Adds the span's part of ∂/∂qkv."""
+        of_queries, *of_pairs = of_qkv.split(self._shape.widths, dim=1)
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
-        for span, log_normalizer in zip(self._spans, attended.log_normalizers, strict=True):
-            by_query, *by_key = backward(
-                self._by_head(of_result, span.rectangle),
-                *self._heads(qkv, span),
-                self._by_head(attended.result, span.rectangle),
-                log_normalizer,
-                dropout_p=0.0,
-                **_sight(span),
-            )
-            self._by_head(of_queries, span.rectangle).copy_(by_query)
-            for flat, found in zip(of_pairs, by_key, strict=True):
-                _add_by_key(flat, found[:, :, : span.keys], span)
-        return result
+        by_query, *by_key = backward(
+            self._by_head(of_result).to(self._format),
+            *self._heads(qkv),
+            self._by_head(attended.result).to(self._format),
+            attended.log_normalizers[number],
+            dropout_p=0.0,
+            **self._sight,
+        )
+        self._by_head(of_queries).copy_(by_query)
+        for flat, found in zip(of_pairs, by_key, strict=True):
+            _add_by_key(flat, found[:, :, : self._span.keys].to(flat.dtype), self._span)
 
-    def _heads(self, qkv: Tensor, span: _Span) -> tuple[Tensor, ...]:
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries [G, heads, S, d], keys and values [G, kv, K, d], those after L+S for no one."""
         queries, *pairs = qkv.split(self._shape.widths, dim=1)
-        widened = (_with_beginning(each, span, self._shape.keys) for each in pairs)
-        filled = (nn.functional.pad(each, (0, 0, 0, _missing(span))) for each in widened)
-        return (self._by_head(queries, span.rectangle), *filled)
+        widened = (_with_beginning(each, self._span, self._shape.keys) for each in pairs)
+        filled = (nn.functional.pad(each, (0, 0, 0, self._missing)) for each in widened)
+        return tuple(each.to(self._format) for each in (self._by_head(queries), *filled))
 
-    def _by_head(self, flat: Tensor, rectangle: Rectangle) -> Tensor:
-        """A rectangle of [N, heads·d] as [G, heads, S, d]; a view."""
-        part = flat[rectangle.start : rectangle.end].view(
-            rectangle.rows, rectangle.columns, self._shape.queries, self._shape.size
+    def _by_head(self, flat: Tensor) -> Tensor:
+        """The span's part of [N, heads·d] as [G, heads, S, d]; a view."""
+        start, rows, columns = self._span.rectangle
+        part = flat[start : self._span.rectangle.end].view(
+            rows, columns, self._shape.queries, self._shape.size
         )
         return part.transpose(1, 2)
-
-
-def _missing(span: _Span) -> int:
-    """Filler keys behind a row's own."""
-    return -span.keys % _KEY_STEP
-
-
-def _sight(span: _Span) -> dict[str, Any]:
-    """What a token may look at: itself and all before it; a mask where there is a beginning."""
-    return {"is_causal": not span.prefix, "attn_mask": span.mask if span.prefix else None}
 
 
 class FusedAttention:

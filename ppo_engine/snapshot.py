@@ -78,11 +78,9 @@ def optimizer_tensors(run: Learned) -> dict[str, Tensor]:
 
 def restore_optimizer(run: Learned, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    counts_on_device = run.optimizer.defaults["fused"]
     for name, parameter in trained_parameters(run).items():
         if f"{name}.step" not in tensors:
             continue
         run.optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"].to(parameter.device if counts_on_device else "cpu"),
-            **{key: tensors[f"{name}.{key}"].to(parameter.device) for key in ADAM_MOMENTS},
+            key: tensors[f"{name}.{key}"].to(parameter.device) for key in ("step", *ADAM_MOMENTS)
         }

@@ -111,7 +111,7 @@ def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
         betas=ADAM_BETAS,
         eps=ADAM_EPSILON,
         weight_decay=config.weight_decay,
-        fused=True if policy.device.type == "cuda" else None,
+        fused=True,
     )
 
 

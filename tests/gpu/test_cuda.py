@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppo_engine.attention import FusedAttention, HeadShape, PlainAttention
+from ppo_engine.attention import FusedAttention, HeadShape, PlainKernel, SpanwiseAttention
 from ppo_engine.checkpoint import restore_checkpoint, save_checkpoint
 from ppo_engine.config import TrainConfig
 from ppo_engine.export import BaseModelRef
@@ -142,7 +142,7 @@ def test_the_fused_attention_is_the_plain_one(prefix: int) -> None:
     of_result = torch.randn(len(wide), SHAPE.widths[0], generator=generator).cuda()
     of_result[~packed.is_real] = 0
 
-    plain = PlainAttention(packed, SHAPE, wide)
+    plain = SpanwiseAttention(packed, SHAPE, wide, PlainKernel)
     expected = plain.forward(wide)
     of_wide = plain.backward(wide, expected, of_result)
     fused = FusedAttention(packed, SHAPE)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ppo_engine.attention import (
-    BlockwiseAttention,
+    BlockwiseKernel,
     HeadShape,
-    PlainAttention,
+    PlainKernel,
     SharedKeys,
+    SpanwiseAttention,
     attention_over,
     is_fused,
     row_ends,
@@ -51,6 +52,7 @@ def test_a_cpu_has_no_fused_kernel(size):
     assert not is_fused(torch.zeros(1, dtype=torch.bfloat16), HeadShape(2, 1, size))
 
 
+BF16_ROUNDING = 2**-7
 SHAPE = HeadShape(queries=6, keys=2, size=16)
 
 
@@ -83,7 +85,7 @@ def attention_by_definition(packed, qkv):
 
 
 @pytest.mark.parametrize("prefix", [0, 16])
-@pytest.mark.parametrize("kind", [PlainAttention, BlockwiseAttention])
+@pytest.mark.parametrize("kind", [PlainKernel, BlockwiseKernel])
 def test_attention_and_its_gradient_are_those_of_the_definition(kind, prefix):
     packed = packed_rows(prefix)
     generator = torch.Generator().manual_seed(3)
@@ -94,7 +96,7 @@ def test_attention_and_its_gradient_are_those_of_the_definition(kind, prefix):
     expected = attention_by_definition(packed, exact)
     (of_exact,) = torch.autograd.grad(expected, exact, of_result.double())
 
-    attention = kind(packed, SHAPE, qkv)
+    attention = SpanwiseAttention(packed, SHAPE, qkv, kind)
     found = attention.forward(qkv)
     of_qkv = attention.backward(qkv, found, of_result)
 
@@ -111,7 +113,7 @@ def test_what_stands_beside_a_row_changes_no_bit_of_it():
         tokens = torch.ones(rows, 40, dtype=torch.bool)
         packed = pack(tokens, tokens, prefix=0)
         qkv = three[:rows].flatten(0, 1)
-        attention = BlockwiseAttention(packed, SHAPE, qkv)
+        attention = SpanwiseAttention(packed, SHAPE, qkv, BlockwiseKernel)
         found = attention.forward(qkv)
         of_qkv = attention.backward(qkv, found, torch.ones_like(found.result))
         return found.result[:40], of_qkv[:40]
@@ -130,7 +132,7 @@ def test_a_shared_beginning_changes_no_bit_of_a_row(length):
     def attended(prefix):
         packed = pack(tokens, tokens, prefix=prefix)
         qkv = torch.cat([row[:prefix], row[prefix:], row[prefix:]])
-        return BlockwiseAttention(packed, SHAPE, qkv).forward(qkv).result
+        return SpanwiseAttention(packed, SHAPE, qkv, BlockwiseKernel).forward(qkv).result
 
     whole = attended(0)
     for prefix in (4, 16):
@@ -139,15 +141,40 @@ def test_a_shared_beginning_changes_no_bit_of_a_row(length):
         assert torch.equal(shared[length:], whole[prefix:length])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [
-        (torch.float32, BlockwiseAttention),
-        (torch.float64, PlainAttention),
-        (torch.bfloat16, PlainAttention),
-    ],
-)
-def test_a_cpu_takes_the_kernel_in_fp32_alone(dtype, kind):
-    like = torch.zeros(1, dtype=dtype)
+@pytest.mark.parametrize("prefix", [0, 16])
+def test_in_bf16_long_rows_are_attended_to_in_fp32(prefix):
+    tokens = torch.ones(3, 300, dtype=torch.bool)
+    read = torch.zeros_like(tokens)
+    read[0, :300] = read[1, :200] = read[2, :64] = True
+    packed = pack(tokens, read, prefix=prefix)
+    generator = torch.Generator().manual_seed(3)
+    qkv = torch.randn(len(packed.sources), sum(SHAPE.widths), generator=generator).bfloat16()
+    of_result = torch.randn(len(qkv), SHAPE.widths[0], generator=generator).bfloat16()
+    exact, long_row = SpanwiseAttention(packed, SHAPE, qkv.float()), packed.rectangles[0]
+    expected = exact.forward(qkv.float())
 
-    assert isinstance(attention_over(packed_rows(0), SHAPE, like), kind)
+    attention = attention_over(packed, SHAPE, qkv)
+    found = attention.forward(qkv)
+    of_qkv = attention.backward(qkv, found, of_result)
+
+    kernels = [each is None for each in found.log_normalizers]
+    assert kernels == [True] * (prefix > 0) + [False, True, True]
+    place = slice(long_row.start, long_row.end)
+    assert torch.equal(found.result[place], expected.result[place].bfloat16())
+    torch.testing.assert_close(
+        found.result.float(), expected.result, rtol=BF16_ROUNDING, atol=BF16_ROUNDING
+    )
+    of_exact = exact.backward(qkv.float(), expected, of_result.float())
+    torch.testing.assert_close(
+        of_qkv.float(), of_exact, rtol=4 * BF16_ROUNDING, atol=4 * BF16_ROUNDING
+    )
+
+
+@pytest.mark.parametrize(("dtype", "is_blockwise"), [(torch.float32, True), (torch.float64, False)])
+def test_a_cpu_takes_the_kernel_in_fp32_whatever_the_length(dtype, is_blockwise):
+    packed = packed_rows(0)
+    qkv = torch.zeros(len(packed.sources), sum(SHAPE.widths), dtype=dtype)
+
+    found = attention_over(packed, SHAPE, qkv).forward(qkv)
+
+    assert {each is not None for each in found.log_normalizers} == {is_blockwise}
