@@ -243,7 +243,7 @@ class PlainKernel:
         scores = torch.baddbmm(
             self._mask, heads.queries, heads.keys.transpose(1, 2), alpha=self._shape.size**-0.5
         )
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+        return torch.softmax(scores, dim=-1)  # in fp32, but for the result
 
     def _by_query(self, flat: Tensor) -> Tensor:
         """The span's part of [N, queries·d] as [G, kv, rep, S, d]; a view."""

@@ -291,9 +291,8 @@ class Decoder:
     def rotation(self, positions: Tensor) -> "Rotation":
         """Of tokens at these places, [N]."""
         cos, sin = self._rotary(self.norm, positions[None])
-        half = self.shape.size // 2
-        sine = sin[0, :, None, :half]
-        return Rotation(cos[0, :, None, None, :half], torch.stack([-sine, sine], dim=2))
+        first, second = sin[0, :, None].chunk(2, dim=-1)
+        return Rotation(cos[0, :, None], torch.cat([-first, second], dim=-1))
 
     def group_adapters(self, name: str | None) -> list[list[GroupAdapters]]:
         """Of each layer's groups."""
@@ -360,15 +359,15 @@ class Rotation(NamedTuple):
     """Rotary angles of N tokens."""
 
     cos: Tensor
-    """[N, 1, 1, d/2]."""
+    """[N, 1, d]."""
     sin: Tensor
-    """[N, 1, 2, d/2]; negative for the first half of a head."""
+    """[N, 1, d]; negative for the first half of a head."""
 
     def turn(self, heads: Tensor) -> None:
         """Rotates queries or keys [N, heads, d] in place (RoFormer, arXiv:2104.09864)."""
-        halves = heads.unflatten(-1, (2, -1))
-        swapped = halves.flip(-2)
-        halves.mul_(self.cos).addcmul_(swapped, self.sin)
+        first, second = heads.chunk(2, dim=-1)
+        swapped = torch.cat([second, first], dim=-1)
+        heads.mul_(self.cos).addcmul_(swapped, self.sin)
 
     def turn_back(self, gradients: Tensor) -> None:
         """The same for gradients: the transposed map."""

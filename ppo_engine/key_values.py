@@ -101,7 +101,7 @@ class PlainKeyValues:
             together = queries.transpose(0, 1).flatten(1, 2)
             of_shared = (together @ shared_keys.transpose(1, 2)).unflatten(1, (len(heads), -1))
             scores = torch.cat([of_shared.transpose(0, 1), scores], dim=3)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(heads.dtype)
+        weights = torch.softmax(scores, dim=-1)  # in fp32, but for the result
         mixed = weights[..., self._prefix :] @ values
         if self._prefix:
             of_shared = weights[..., : self._prefix].transpose(0, 1).flatten(1, 2) @ shared_values
