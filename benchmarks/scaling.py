@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --model FOLDER [--layers 4] [--steps 200] [--precision bf16]
 
-- seconds per response token over response lengths and over rows: to stay level, but for attention's
-  own growth;
+- seconds per token over response lengths and over rows: to stay level, but for attention's own
+  growth;
 - the share of filler among the tokens computed in the update when a third of the responses stop
   early;
 - memory over many steps with responses of all lengths: to stay level.
@@ -17,14 +17,18 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.step import HERE, ResponseLength
+from ppo_engine.attention import SpanwiseAttention
 from ppo_engine.config import TrainConfig
+from ppo_engine.key_values import PlainKeyValues
 from ppo_engine.layout import Layout
 from ppo_engine.packing import CommonShape, common_prefix, pack
 from ppo_engine.policy import BaseModel, Policy, read_states
@@ -32,6 +36,7 @@ from ppo_engine.prompts import EncodedPrompt
 from ppo_engine.rows import Prompt
 from ppo_engine.sampling import Sampler
 from ppo_engine.trainer import Trainer
+from ppo_engine.update import Updater
 
 PROMPT_TOKENS = 24
 RESPONSE_TOKENS = (16, 64, 256)
@@ -81,20 +86,66 @@ def trainer_of(
     return Trainer(policy, ResponseLength(), prompts, config, seed=0)
 
 
-def seconds_per_token(base: BaseModel, *, rows: int, response_tokens: int) -> dict[str, float]:
-    """Of sampling and of learning, median of four steps after the first.
+class AttentionClock:
+    """Seconds spent in attention since they were last read."""
+
+    METHODS = (
+        (PlainKeyValues, "attend"),
+        (SpanwiseAttention, "forward"),
+        (SpanwiseAttention, "backward"),
+    )
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        for kind, name in self.METHODS:
+            setattr(kind, name, self._timed(getattr(kind, name)))
+
+    def read(self) -> float:
+        """Seconds; the clock starts anew."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            self._seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def seconds_per_token(
+    base: BaseModel, clock: AttentionClock, *, rows: int, response_tokens: int
+) -> dict[str, float]:
+    """Of sampling and of learning, with and without attention, medians of four steps.
 
     Prompts are as long as responses: those take the output head, too, so their share must stay.
     """
     trainer = trainer_of(
         base, rows=rows, response_tokens=response_tokens, steps=5, prompt_tokens=response_tokens
     )
-    reports = list(trainer.steps())[1:]
+    seconds: dict[str, list[float]] = {}
+
+    def note(phase: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            clock.read()
+            start = time.perf_counter()
+            result = action(*arguments, **options)
+            took = time.perf_counter() - start
+            seconds.setdefault(phase, []).append(took)
+            seconds.setdefault(f"{phase}, no attention", []).append(took - clock.read())
+            return result
+
+        return timed
+
+    with (
+        mock.patch.object(Sampler, "sample", note("sample", Sampler.sample)),
+        mock.patch.object(Updater, "learn", note("learn", Updater.learn)),
+    ):
+        list(trainer.steps())
     computed = rows * 2 * response_tokens
-    return {
-        phase: statistics.median(r.values[f"seconds.{phase}"] or 0.0 for r in reports) / computed
-        for phase in ("sample", "learn")
-    }
+    return {phase: statistics.median(taken[1:]) / computed for phase, taken in seconds.items()}
 
 
 def filler_share(base: BaseModel) -> float:
@@ -137,14 +188,11 @@ def memory_over(base: BaseModel, steps: int) -> list[float]:
 
 def report(name: str, found: Mapping[Any, Mapping[str, float]]) -> None:
     """A table of seconds per token, each relative to the first line."""
-    print(f"\n| {name} | sample, per token | learn, per token |\n|---|---|---|")
     first = next(iter(found.values()))
+    print(f"\n| {name} | {' | '.join(first)} |\n|{'---|' * (1 + len(first))}")
     for size, each in found.items():
-        print(
-            f"| {size} | {each['sample'] / first['sample']:.2f} "
-            f"| {each['learn'] / first['learn']:.2f} |",
-            flush=True,
-        )
+        shares = (f"{each[phase] / first[phase]:.2f}" for phase in first)
+        print(f"| {size} | {' | '.join(shares)} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,16 +210,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
         f"{options.layers} layers, {options.precision}, relative to the first line of each table"
     )
+    clock = AttentionClock()
     report(
         "response tokens (8 rows)",
         {
-            count: seconds_per_token(base, rows=SMALL, response_tokens=count)
+            count: seconds_per_token(base, clock, rows=SMALL, response_tokens=count)
             for count in RESPONSE_TOKENS
         },
     )
     report(
         "rows (16 response tokens)",
-        {count: seconds_per_token(base, rows=count, response_tokens=16) for count in ROWS},
+        {count: seconds_per_token(base, clock, rows=count, response_tokens=16) for count in ROWS},
     )
     print(f"\nfiller with a third stopping early: {filler_share(base):.1%} of the update's tokens")
     curve = memory_over(base, options.steps)
