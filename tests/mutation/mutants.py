@@ -540,8 +540,15 @@ MUTANTS = (
     Mutant(
         name="the head's gradient lowers entropy",
         file="logprobs.py",
-        old="((plain * walk.mean[:, None] - weighted) / total)",
-        new="((weighted - plain * walk.mean[:, None]) / total)",
+        old="of_entropy /= head.temperature",
+        new="of_entropy /= -head.temperature",
+        killers=(WRITTEN_OUT_WARM,),
+    ),
+    Mutant(
+        name="the head's gradient counts the chosen token twice",
+        file="logprobs.py",
+        old="chosen * (1 - p) - others",
+        new="chosen - others",
         killers=(WRITTEN_OUT_WARM,),
     ),
     # Our own decoder
