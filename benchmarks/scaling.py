@@ -210,6 +210,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
         f"{options.layers} layers, {options.precision}, relative to the first line of each table"
     )
+    # First: what the tables take would hide its growth.
+    curve = memory_over(base, options.steps)
+    tenth = max(1, len(curve) // 10)
+    print(
+        f"\npeak memory after {tenth} steps {curve[tenth - 1]:.0f} MiB, "
+        f"after {len(curve)} steps {curve[-1]:.0f} MiB",
+        flush=True,
+    )
     clock = AttentionClock()
     report(
         "response tokens (8 rows)",
@@ -223,12 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {count: seconds_per_token(base, clock, rows=count, response_tokens=16) for count in ROWS},
     )
     print(f"\nfiller with a third stopping early: {filler_share(base):.1%} of the update's tokens")
-    curve = memory_over(base, options.steps)
-    tenth = max(1, len(curve) // 10)
-    print(
-        f"peak memory after {tenth} steps {curve[tenth - 1]:.0f} MiB, "
-        f"after {len(curve)} steps {curve[-1]:.0f} MiB"
-    )
     return 0
 
 

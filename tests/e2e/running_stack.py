@@ -54,6 +54,8 @@ class RunningStack:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                # A suite that runs in the background has it ignored, and hands that on.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
             )
         wait_until(self._is_ready, seconds=START_SECONDS)
 
