@@ -169,8 +169,8 @@ class _Linear(Protocol):
         """[N, Σ out] of [N, in], added to `onto`."""
 
 
-class _PlainLinear:
-    """On the weights as they are; one addition a group, as here the number of products counts."""
+class _RowLinear:
+    """On the weights as they are; one addition a group, for where the number of products counts."""
 
     def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
         self._group = group
@@ -179,6 +179,26 @@ class _PlainLinear:
     def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """[N, Σ out] of [N, in], added to `onto`."""
         return self._group.forward(inputs, self._adapters, onto=onto)[0]
+
+
+class _ColumnLinear:
+    """On the weights as they are, from the left: faster for few tokens on a CPU."""
+
+    def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
+        self._group = group
+        self._adapters = adapters
+
+    def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """[N, Σ out] of [N, in], added to `onto`."""
+        columns = inputs.t()
+        result = self._group.weight @ columns
+        if self._group.bias is not None:
+            result += self._group.bias[:, None]
+        if self._adapters.down is not None:
+            inner = self._adapters.down @ columns
+            for part, rank, up in self._adapters.additions:
+                result[part].addmm_(up, inner[rank])
+        return result.t() if onto is None else onto + result.t()
 
 
 class _PackedLinear:
@@ -200,10 +220,17 @@ class _PackedLinear:
         return self._weight.product(inputs, bias=self._bias, onto=onto)
 
 
-def _linears(decoder: Decoder, adapter: str | None) -> list[list[_Linear]]:
-    """Each layer's groups; packed where they can be and the copy is small beside the memory."""
+def _kind_for(decoder: Decoder) -> "type[_RowLinear | _ColumnLinear | _PackedLinear]":
+    """On a CPU packed, where that can be and the copies are small beside the memory."""
+    if decoder.norm.is_cuda:
+        return _RowLinear
     weights = [group.weight for layer in decoder.layers for group in layer.groups]
-    kind = _PackedLinear if packed_copy_bytes(weights) else _PlainLinear
+    return _PackedLinear if packed_copy_bytes(weights) else _ColumnLinear
+
+
+def _linears(decoder: Decoder, adapter: str | None) -> list[list[_Linear]]:
+    """Each layer's groups."""
+    kind = _kind_for(decoder)
     return [
         [kind(group, each) for group, each in zip(layer.groups, of_layer, strict=True)]
         for layer, of_layer in zip(decoder.layers, decoder.group_adapters(adapter), strict=True)

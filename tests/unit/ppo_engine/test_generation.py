@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from ppo_engine import generation as engine
 from ppo_engine.decoder import Decoder
 from ppo_engine.generation import Patience
+from ppo_engine.products import is_packable
 from ppo_engine.sampling import Sampler
 from tests.tiny_run import tiny_config, tiny_policy, tiny_prompts
 
@@ -20,12 +21,19 @@ PROMPTS = [BEGINNING + "Hi", BEGINNING + "a longer end", BEGINNING + "?", BEGINN
 UNLIKE = ["Hi", "a prompt that is longer than the others are", "?", "Go on"]
 
 
-@pytest.fixture(params=["decoder", "transformers"])
+KINDS = {"rows": engine._RowLinear, "columns": engine._ColumnLinear}
+if is_packable(torch.device("cpu"), torch.float32):
+    KINDS["packed"] = engine._PackedLinear
+
+
+@pytest.fixture(params=[*KINDS, "transformers"])
 def policy(request, tiny_model, monkeypatch):
     if request.param == "transformers":
         monkeypatch.setattr(Decoder, "supports", lambda _model: False)
+    else:
+        monkeypatch.setattr(engine, "_kind_for", lambda _decoder: KINDS[request.param])
     policy = tiny_policy(tiny_model, tiny_config())
-    assert policy.packs == (request.param == "decoder")
+    assert policy.packs == (request.param != "transformers")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.adapter_parameters().values():
@@ -127,9 +135,10 @@ def test_how_often_ends_are_looked_at_changes_no_answer(tiny_model, monkeypatch)
     )
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_joined_adapters_add_what_separate_ones_do(bias):
+def test_every_way_to_multiply_gives_what_separate_products_do(bias, kind):
     config = Qwen2Config if bias else LlamaConfig
     model = AutoModelForCausalLM.from_config(
         config(
@@ -150,12 +159,12 @@ def test_joined_adapters_add_what_separate_ones_do(bias):
         for group, adapters in zip(layer.groups, of_layer, strict=True):
             inputs = torch.randn(5, group.weight.shape[1])
             onto = torch.randn(5, len(group.weight))
-            expected, inner = group.forward(inputs, adapters)
+            expected, _ = group.forward(inputs, adapters)
+            linear = kind(group, adapters)
 
-            found, same = group.forward(inputs, adapters.joined(len(group.weight)), onto=onto)
-
-            torch.testing.assert_close(found - onto, expected, rtol=1e-5, atol=1e-4)
-            assert (inner is None) == (same is None)
+            torch.testing.assert_close(linear.outputs(inputs), expected, rtol=1e-5, atol=1e-4)
+            added = linear.outputs(inputs, onto=onto)
+            torch.testing.assert_close(added, expected + onto, rtol=1e-5, atol=1e-4)
 
 
 def test_finished_rows_are_dropped(tiny_model, monkeypatch):
