@@ -10,9 +10,11 @@ _COLUMNS = 192
 """Per thread, in a strip of an fp32 product on a CPU: wide results cost MKL up to a third more."""
 _ROWS = 1536
 """In a strip of a high product: parts that stay in the caches."""
-# oneDNN, which makes the products in bf16, keeps half a megabyte or more for every shape it has
-# met, of up to 1,024 unless it is told otherwise before the first one.
+# oneDNN, which makes the products in bf16 and of packed weights, keeps half a megabyte or more for
+# every shape it has met, of up to 1,024 unless it is told otherwise before the first one; and so
+# does the layer between PyTorch and it (ideep), in a cache of its own.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
 _PACKED_FOR = 16
 """Rows; the layout serves other numbers of them as well."""
