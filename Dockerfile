@@ -27,8 +27,12 @@ WORKDIR /var/lib/trimtab
 FROM base AS build
 ARG PIP_INDEX_URL
 WORKDIR /source
+# For the engine's kernels, which are compiled when the package is installed.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/trimtab
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
 COPY api ./api
 COPY core ./core
 COPY migrations ./migrations

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from ppo_engine import native
 from ppo_engine.answers import load_adapter, sample_answers, write_comparison
 from ppo_engine.checkpoint import restore_checkpoint, save_checkpoint
 from ppo_engine.config import TrainConfig
@@ -269,6 +270,7 @@ def _measured_event(
         code="settings.measured",
         message=f"chosen for this machine: {words}; {memory}",
         data=found
+        | {"kernels": native.variant()}
         | {f"gflops.{name}": round(value, 1) for name, value in speeds.items()}
         | {f"memory.{name}_bytes": value for name, value in memory._asdict().items()},
     )

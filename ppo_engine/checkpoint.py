@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ppo_engine import native
 from ppo_engine.errors import InvalidConfig
 from ppo_engine.export import BaseModelRef, read_adapter, write_adapter
 from ppo_engine.folders import MANIFEST, files_of, sha256_of, whole_folder, write_json
@@ -94,6 +95,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "precision": trainer.config.precision,
         "micro_batch_size": trainer.config.micro_batch_size,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.variant(),
         "threads": torch.get_num_threads(),
         "world_size": 1,
     }

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
+from ppo_engine.native import kernels_for
 from ppo_engine.packing import Packed
 from ppo_engine.products import product, wide_product
 
@@ -363,15 +364,23 @@ class Rotation(NamedTuple):
     sin: Tensor
     """[N, 1, d]; negative for the first half of a head."""
 
-    def turn(self, heads: Tensor) -> None:
-        """Rotates queries or keys [N, heads, d] in place (RoFormer, arXiv:2104.09864)."""
+    def turn(self, qkv: Tensor, shape: HeadShape) -> None:
+        """Rotates queries and keys of [N, (queries + 2·keys)·d] (RoFormer, arXiv:2104.09864)."""
+        self._turn(qkv, shape, direction=1)
+
+    def turn_back(self, of_qkv: Tensor, shape: HeadShape) -> None:
+        """The same for gradients: the transposed map."""
+        self._turn(of_qkv, shape, direction=-1)
+
+    def _turn(self, qkv: Tensor, shape: HeadShape, *, direction: int) -> None:
+        turned = shape.queries + shape.keys
+        if (kernels := kernels_for(qkv)) is not None:
+            kernels.rotate(qkv, self.cos, self.sin, heads=turned, direction=direction)
+            return
+        heads = qkv[:, : turned * shape.size].view(len(qkv), turned, shape.size)
         first, second = heads.chunk(2, dim=-1)
         swapped = torch.cat([second, first], dim=-1)
-        heads.mul_(self.cos).addcmul_(swapped, self.sin)
-
-    def turn_back(self, gradients: Tensor) -> None:
-        """The same for gradients: the transposed map."""
-        Rotation(self.cos, -self.sin).turn(gradients)
+        heads.mul_(self.cos).addcmul_(swapped, self.sin, value=direction)
 
 
 class _Work(NamedTuple):
@@ -450,7 +459,7 @@ def _forward_layer(
     inputs = hidden
     normed, _ = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
     qkv, inner_qkv = layer.qkv.forward(normed, adapters[0])
-    work.rotation.turn(_turned_heads(qkv, decoder.shape))
+    work.rotation.turn(qkv, decoder.shape)
     if work.collected is not None:
         work.collected.append(qkv)
     attended = work.attention.forward(qkv)
@@ -460,9 +469,7 @@ def _forward_layer(
     middle, inner_output = layer.output.forward(result, adapters[1], onto=hidden)
     normed, _ = rms_norm(middle, layer.mlp_norm, decoder.epsilon)
     gate_up, inner_gate_up = layer.gate_up.forward(normed, adapters[2])
-    gate, up = gate_up.chunk(2, dim=1)
-    product = nn.functional.silu(gate).mul_(up)
-    outputs, inner_down = layer.down.forward(product, adapters[3], onto=middle)
+    outputs, inner_down = layer.down.forward(gated(gate_up), adapters[3], onto=middle)
     if kept is not None:
         inner = (inner_qkv, inner_output, inner_gate_up, inner_down)
         kept.append(_Kept(inputs, qkv, attended, middle, gate_up, inner))
@@ -475,18 +482,13 @@ def _backward_layer(
     """∂/∂inputs, and ∂/∂A, ∂/∂B of every adapter of the layer in turn."""
     decoder, layer = work.decoder, work.decoder.layers[number]
     adapters = work.adapters[number]
-    gate, up = kept.gate_up.chunk(2, dim=1)
-    activated = nn.functional.silu(gate)
-    of_product, of_down = layer.down.backward(
-        of_outputs, activated * up, kept.inner[3], adapters[3]
+    of_gated, of_down = layer.down.backward(
+        of_outputs, gated(kept.gate_up), kept.inner[3], adapters[3]
     )
-    of_gate_up = torch.empty_like(kept.gate_up)
-    of_gate, of_up = of_gate_up.chunk(2, dim=1)
-    torch.mul(of_product, activated, out=of_up)
-    torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
+    of_gate_up = _gated_backward(of_gated, kept.gate_up)
     normed, inverse = rms_norm(kept.middle, layer.mlp_norm, decoder.epsilon)
     of_normed, of_gates = layer.gate_up.backward(of_gate_up, normed, kept.inner[2], adapters[2])
-    of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, inverse).add_(of_outputs)
+    of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, inverse, onto=of_outputs)
     result = kept.attended.result
     if is_last:
         result = result[work.packed.kept]
@@ -494,12 +496,14 @@ def _backward_layer(
     if is_last:
         of_middle, of_result = (_spread(each, work.packed) for each in (of_middle, of_result))
     of_qkv = work.attention.backward(kept.qkv, kept.attended, of_result)
-    work.rotation.turn_back(_turned_heads(of_qkv, decoder.shape))
+    work.rotation.turn_back(of_qkv, decoder.shape)
     normed, inverse = rms_norm(kept.inputs, layer.attention_norm, decoder.epsilon)
     of_normed, of_projections = layer.qkv.backward(of_qkv, normed, kept.inner[0], adapters[0])
     found = [*of_projections, *of_output, *of_gates, *of_down]
-    of_inputs = _norm_backward(of_normed, kept.inputs, layer.attention_norm, inverse)
-    return of_inputs.add_(of_middle), found
+    of_inputs = _norm_backward(
+        of_normed, kept.inputs, layer.attention_norm, inverse, onto=of_middle
+    )
+    return of_inputs, found
 
 
 def _spread(values: Tensor, packed: Packed) -> Tensor:
@@ -519,27 +523,53 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Te
             hidden, [hidden.shape[-1]], weight, epsilon
         )
         return normed, inverse
+    if (kernels := kernels_for(hidden)) is not None:
+        return kernels.rms_norm(hidden, weight, epsilon)
     wide = hidden.float()
     norms: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = norms.square_().div_(wide.shape[-1]).add_(epsilon).rsqrt_()
     return (wide * inverse).to(hidden.dtype) * weight, inverse
 
 
-def _norm_backward(of_normed: Tensor, hidden: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """∂/∂x of `rms_norm`: r·(w·g − x·r²·mean(w·g·x))."""
+def _norm_backward(
+    of_normed: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    *,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """∂/∂x of `rms_norm`, r·(w·g − x·r²·mean(w·g·x)); added to `onto`."""
     if hidden.is_cuda:
         result: Tensor = torch.ops.aten._fused_rms_norm_backward(  # noqa: SLF001
             of_normed, hidden, [hidden.shape[-1]], inverse, weight, [True, False]
         )[0]
-        return result
+        return result if onto is None else result.add_(onto)
+    if (kernels := kernels_for(hidden)) is not None:
+        return kernels.rms_norm_backward(of_normed, hidden, weight, inverse, onto)
     wide = hidden.float()
     weighted: Tensor = of_normed.float() * weight
     share: Tensor = torch.linalg.vecdot(weighted, wide)[:, None].div_(wide.shape[-1])
     weighted -= wide * (share * inverse.square())
-    return weighted.mul_(inverse).to(hidden.dtype)
+    found = weighted.mul_(inverse).to(hidden.dtype)
+    return found if onto is None else found.add_(onto)
 
 
-def _turned_heads(qkv: Tensor, shape: HeadShape) -> Tensor:
-    """Queries and keys, [N, heads, d], which rotary embeddings turn; a view."""
-    turned = shape.queries + shape.keys
-    return qkv[:, : turned * shape.size].view(len(qkv), turned, shape.size)
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate)·up, [N, F], of both side by side, [N, 2F] (SwiGLU, arXiv:2002.05202)."""
+    if (kernels := kernels_for(gate_up)) is not None:
+        return kernels.gated(gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    return nn.functional.silu(gate).mul_(up)
+
+
+def _gated_backward(of_result: Tensor, gate_up: Tensor) -> Tensor:
+    """∂/∂gate_up of `gated`; `of_result` is used up."""
+    if (kernels := kernels_for(gate_up)) is not None:
+        return kernels.gated_backward(of_result, gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    of_gate_up = torch.empty_like(gate_up)
+    of_gate, of_up = of_gate_up.chunk(2, dim=1)
+    torch.mul(of_result, nn.functional.silu(gate), out=of_up)
+    torch.ops.aten.silu_backward.grad_input(of_result.mul_(up), gate, grad_input=of_gate)
+    return of_gate_up

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, rms_norm
+from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, gated, rms_norm
 from ppo_engine.key_values import FusedKeyValues, KeyValues, Prompts, key_values
 from ppo_engine.logprobs import OutputHead
 from ppo_engine.machine import packed_copy_bytes
@@ -114,20 +114,17 @@ class DecoderGeneration:
     def _scores(self, tokens: Tensor) -> Tensor:
         decoder, cache = self._decoder, self._cache
         rotation = decoder.rotation(cache.positions)
-        turned = decoder.shape.queries + decoder.shape.keys
         hidden = decoder.embedded(tokens)
         for number, layer in enumerate(decoder.layers):
             into_attention, out_of_attention, into_mlp, out_of_mlp = self._linears[number]
             normed, _ = rms_norm(hidden, layer.attention_norm, decoder.epsilon)
-            qkv = into_attention.outputs(normed)
-            heads = qkv.unflatten(1, (-1, decoder.shape.size)).contiguous()
-            rotation.turn(heads[:, :turned])
-            attended = cache.attend(number, heads)
+            qkv = into_attention.outputs(normed).contiguous()
+            rotation.turn(qkv, decoder.shape)
+            attended = cache.attend(number, qkv.unflatten(1, (-1, decoder.shape.size)))
             hidden = out_of_attention.outputs(attended, onto=hidden)
             normed, _ = rms_norm(hidden, layer.mlp_norm, decoder.epsilon)
-            gate, up = into_mlp.outputs(normed).chunk(2, dim=1)
-            product = nn.functional.silu(gate).mul_(up)
-            hidden = out_of_mlp.outputs(product, onto=hidden)
+            gate_up = into_mlp.outputs(normed).contiguous()
+            hidden = out_of_mlp.outputs(gated(gate_up), onto=hidden)
         states, _ = rms_norm(hidden, decoder.norm, decoder.epsilon)
         return self._head.scores(states)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine.attention import HeadShape, is_fused, row_ends
+from ppo_engine.native import MOST_HEAD_NUMBERS, kernels_for
 
 
 class Prompts(NamedTuple):
@@ -48,6 +49,8 @@ def key_values(prompts: Prompts, shape: HeadShape) -> KeyValues:
     """The cache that suits the prompts' device and number format."""
     if is_fused(prompts.layers[0], shape):
         return FusedKeyValues(prompts, shape)
+    if kernels_for(prompts.layers[0]) is not None and shape.size <= MOST_HEAD_NUMBERS:
+        return NativeKeyValues(prompts, shape)
     return PlainKeyValues(prompts, shape)
 
 
@@ -118,6 +121,16 @@ class PlainKeyValues:
         self._lengths = self._lengths[rows]
         self._own = [(keys[rows], values[rows]) for keys, values in self._own]
         self._look()
+
+
+class NativeKeyValues(PlainKeyValues):
+    """A kernel of our own for the whole of a layer's attention."""
+
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
+        """Attention of the next tokens, [B, queries·d]; keeps their keys and values."""
+        kernels = kernels_for(heads)
+        assert kernels is not None  # noqa: S101 - or there was no such cache
+        return kernels.attend_next(heads, self._shared[layer], self._own[layer], self._lengths)
 
 
 class FusedKeyValues:

@@ -562,8 +562,8 @@ MUTANTS = (
     Mutant(
         name="gradients are turned on instead of back",
         file="decoder.py",
-        old="Rotation(self.cos, -self.sin).turn(gradients)",
-        new="Rotation(self.cos, self.sin).turn(gradients)",
+        old="self._turn(of_qkv, shape, direction=-1)",
+        new="self._turn(of_qkv, shape, direction=1)",
         killers=(LIKE_TRANSFORMERS,),
     ),
     Mutant(

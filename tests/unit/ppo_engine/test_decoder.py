@@ -12,6 +12,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ppo_engine import native
 from ppo_engine.decoder import Decoder
 from ppo_engine.generation import position_ids
 from ppo_engine.packing import common_prefix, pack
@@ -109,6 +110,17 @@ def gradients(peft, states):
 def assert_near(found, expected):
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= RELATIVE * expected.abs().max()
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    monkeypatch.setattr(native, "_kernels", dict)
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("name", MODELS)
+def test_without_compiled_kernels_they_are_those_of_transformers_too(name):
+    test_states_and_gradients_are_those_of_transformers(name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ppo_engine import generation as engine
+from ppo_engine import native
 from ppo_engine.decoder import Decoder
 from ppo_engine.generation import Patience
 from ppo_engine.products import is_packable
@@ -26,10 +27,12 @@ if is_packable(torch.device("cpu"), torch.float32):
     KINDS["packed"] = engine._PackedLinear
 
 
-@pytest.fixture(params=[*KINDS, "transformers"])
+@pytest.fixture(params=[*KINDS, "no kernels", "transformers"])
 def policy(request, tiny_model, monkeypatch):
     if request.param == "transformers":
         monkeypatch.setattr(Decoder, "supports", lambda _model: False)
+    elif request.param == "no kernels":
+        monkeypatch.setattr(native, "_kernels", dict)
     else:
         monkeypatch.setattr(engine, "_kind_for", lambda _decoder: KINDS[request.param])
     policy = tiny_policy(tiny_model, tiny_config())

@@ -1,0 +1,163 @@
+"""Kernels of our own for CPUs (`native.c`): the work of a layer between its matrix products.
+
+PyTorch takes several walks over the memory for each of these steps, and starts each from Python;
+a kernel takes one.  They are compiled when the package is installed, where there is a C compiler;
+without them, and for other number formats, the callers take PyTorch's operators.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_HEAD_NUMBERS = 256
+"""The longest head that `attend_next` takes."""
+_FOLDER = Path(__file__).parent
+_VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+"""By what PyTorch takes the processor to be capable of, best first; others have one for all."""
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "rms_norm": (_POINTER, _POINTER, _REAL, _POINTER, _POINTER, _COUNT, _COUNT),
+    "rms_norm_backward": (*[_POINTER] * 6, _COUNT, _COUNT),
+    "gated": (_POINTER, _POINTER, _COUNT, _COUNT),
+    "gated_backward": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT),
+    "rotate": (_POINTER, _POINTER, _POINTER, _REAL, *[_COUNT] * 4),
+    "attend_next": (*[_POINTER] * 7, _REAL, *[_COUNT] * 6),
+}
+
+
+def kernels_for(tensor: Tensor) -> "Kernels | None":
+    """The kernels for such tensors, if there are any."""
+    if tensor.device.type != "cpu":
+        return None
+    return _kernels().get(tensor.dtype)
+
+
+def variant() -> str | None:
+    """The instruction set that the kernels were compiled for; None where there are none."""
+    found = _library()
+    return None if found is None else found[0]
+
+
+@functools.cache
+def _kernels() -> "dict[torch.dtype, Kernels]":
+    found = _library()
+    if found is None:
+        return {}
+    return {dtype: Kernels(found[1], suffix) for dtype, suffix in _FORMATS.items()}
+
+
+@functools.cache
+def _library() -> tuple[str, ctypes.CDLL] | None:
+    """The best variant that was compiled and that this processor runs."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    for name in _VARIANTS.get(capability, ("any",)):
+        path = _FOLDER / f"_native_{name}.so"
+        if path.exists():
+            try:
+                return name, ctypes.CDLL(str(path))
+            except OSError:  # no OpenMP in this PyTorch, or another platform's file
+                continue
+    return None
+
+
+class Kernels:
+    """For tensors of one number format, but where another is said."""
+
+    def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
+        self._functions: dict[str, Any] = {}
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+            self._functions[name] = function
+
+    def _call(self, name: str, *arguments: Tensor | float | None) -> None:
+        """By the address of what a tensor holds, without gaps."""
+        self._functions[name](
+            *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
+        )
+
+    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """x/rms(x)·weight [N, H], and 1/rms [N, 1] fp32."""
+        hidden = hidden.contiguous()
+        normed, inverse = torch.empty_like(hidden), torch.empty(len(hidden), 1)
+        self._call("rms_norm", hidden, weight, epsilon, normed, inverse, *hidden.shape)
+        return normed, inverse
+
+    def rms_norm_backward(
+        self,
+        of_normed: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        inverse: Tensor,
+        onto: Tensor | None,
+    ) -> Tensor:
+        """∂/∂x of `rms_norm` [N, H], added to `onto`; `inverse` is its 1/rms."""
+        of_normed = of_normed.contiguous()
+        of_hidden = torch.empty_like(of_normed)
+        self._call(
+            "rms_norm_backward",
+            of_normed,
+            hidden.contiguous(),
+            weight,
+            inverse,
+            None if onto is None else onto.contiguous(),
+            of_hidden,
+            *hidden.shape,
+        )
+        return of_hidden
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate)·up [N, F] of both side by side [N, 2F]."""
+        result = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._call("gated", gate_up, result, *result.shape)
+        return result
+
+    def gated_backward(self, of_result: Tensor, gate_up: Tensor) -> Tensor:
+        """∂/∂gate_up [N, 2F] of `gated`."""
+        of_gate_up = torch.empty_like(gate_up)
+        self._call("gated_backward", of_result.contiguous(), gate_up, of_gate_up, *of_result.shape)
+        return of_gate_up
+
+    def rotate(
+        self, rows: Tensor, cos: Tensor, sin: Tensor, *, heads: int, direction: float
+    ) -> None:
+        """Rotates the first heads of [N, ·] in place; the angles are [N, 1, d]."""
+        self._call("rotate", rows, cos, sin, direction, *rows.shape, heads, cos.shape[-1])
+
+    def attend_next(
+        self,
+        heads: Tensor,
+        shared: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
+        lengths: Tensor,
+    ) -> Tensor:
+        """Attention of one more token a sequence, [B, queries·d]; keeps its key and value.
+
+        `heads` [B, queries + 2·kv, d] are rotated; of the keys and values, `shared` [kv, L, d] are
+        seen by all, of `own` [B, kv, room, d] each sequence's `lengths` [B] first ones.
+        """
+        rows, all_heads, size = heads.shape
+        groups, prefix, _ = shared[0].shape
+        queries = all_heads - 2 * groups
+        result = heads.new_empty(rows, queries * size)
+        self._call(
+            "attend_next",
+            heads,
+            *shared,
+            *own,
+            lengths,
+            result,
+            size**-0.5,
+            rows,
+            queries,
+            groups,
+            size,
+            prefix,
+            own[0].shape[2],
+        )
+        return result

@@ -1,0 +1,193 @@
+/* The kernels for one number format; included by native.c once for each.
+ *
+ * NUMBER is the format's type, OF(name) the name of a function for it. Tensors are contiguous.
+ */
+
+#define LOAD OF(load)
+#define STORE OF(store)
+
+/* normed = x/rms(x) · weight, rounded in between as transformers does; inverse = 1/rms. */
+void OF(rms_norm)(
+    const NUMBER *hidden, const NUMBER *weight, float epsilon, NUMBER *normed, float *inverse,
+    int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const NUMBER *x = hidden + row * width;
+        NUMBER *y = normed + row * width;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < width; i++) squares += LOAD(x[i]) * LOAD(x[i]);
+        float scale = 1.0f / sqrtf(squares / (float)width + epsilon);
+        inverse[row] = scale;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            y[i] = STORE(LOAD(STORE(LOAD(x[i]) * scale)) * LOAD(weight[i]));
+        }
+    }
+}
+
+/* of_hidden = onto + r·(w·g - x·r²·mean(w·g·x)); `onto` may be absent. */
+void OF(rms_norm_backward)(
+    const NUMBER *of_normed, const NUMBER *hidden, const NUMBER *weight, const float *inverse,
+    const NUMBER *onto, NUMBER *of_hidden, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const NUMBER *g = of_normed + row * width, *x = hidden + row * width;
+        NUMBER *y = of_hidden + row * width;
+        float scale = inverse[row], shared = 0;
+#pragma omp simd reduction(+ : shared)
+        for (int64_t i = 0; i < width; i++) {
+            shared += LOAD(g[i]) * LOAD(weight[i]) * LOAD(x[i]);
+        }
+        shared *= scale * scale / (float)width;
+        if (onto != NULL) {
+            const NUMBER *before = onto + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                float found = scale * (LOAD(g[i]) * LOAD(weight[i]) - LOAD(x[i]) * shared);
+                y[i] = STORE(LOAD(before[i]) + found);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                y[i] = STORE(scale * (LOAD(g[i]) * LOAD(weight[i]) - LOAD(x[i]) * shared));
+            }
+        }
+    }
+}
+
+/* gated = silu(gate) · up; a row of `gate_up` is the gate's numbers, then as many of up. */
+void OF(gated)(const NUMBER *gate_up, NUMBER *result, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const NUMBER *gate = gate_up + row * 2 * width, *up = gate + width;
+        NUMBER *y = result + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float x = LOAD(gate[i]);
+            y[i] = STORE(x * logistic(x) * LOAD(up[i]));
+        }
+    }
+}
+
+void OF(gated_backward)(
+    const NUMBER *of_result, const NUMBER *gate_up, NUMBER *of_gate_up, int64_t rows,
+    int64_t width) {
+#pragma omp parallel for if (rows * width > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const NUMBER *gate = gate_up + row * 2 * width, *up = gate + width;
+        const NUMBER *g = of_result + row * width;
+        NUMBER *of_gate = of_gate_up + row * 2 * width, *of_up = of_gate + width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float x = LOAD(gate[i]), share = logistic(x);
+            of_up[i] = STORE(LOAD(g[i]) * x * share);
+            of_gate[i] = STORE(LOAD(g[i]) * LOAD(up[i]) * share * (1.0f + x * (1.0f - share)));
+        }
+    }
+}
+
+/* Rotates the first `heads` heads of every row of [rows, width] in place: each number times its
+ * cosine, plus the number half a head away times its sine and `direction`; both [rows, size]. */
+void OF(rotate)(
+    NUMBER *values, const NUMBER *cosines, const NUMBER *sines, float direction, int64_t rows,
+    int64_t width, int64_t heads, int64_t size) {
+    int64_t half = size / 2;
+#pragma omp parallel for if (rows * heads * size > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const NUMBER *cosine = cosines + row * size, *sine = sines + row * size;
+        for (int64_t head = 0; head < heads; head++) {
+            NUMBER *first = values + row * width + head * size, *second = first + half;
+#pragma omp simd
+            for (int64_t i = 0; i < half; i++) {
+                float a = LOAD(first[i]), b = LOAD(second[i]);
+                first[i] = STORE(a * LOAD(cosine[i]) + b * direction * LOAD(sine[i]));
+                second[i] =
+                    STORE(b * LOAD(cosine[half + i]) + a * direction * LOAD(sine[half + i]));
+            }
+        }
+    }
+}
+
+/* Running softmax over the keys that one query has seen so far. */
+typedef struct {
+    float top, total;
+    float mixed[MOST_HEAD_NUMBERS];
+} OF(seen);
+
+static inline void OF(look_at)(
+    OF(seen) *seen, const float *query, const NUMBER *keys, const NUMBER *values, int64_t count,
+    int64_t size) {
+    float scores[KEY_BLOCK];
+    for (int64_t start = 0; start < count; start += KEY_BLOCK) {
+        int64_t some = count - start < KEY_BLOCK ? count - start : KEY_BLOCK;
+        float top = seen->top;
+        for (int64_t k = 0; k < some; k++) {
+            const NUMBER *key = keys + (start + k) * size;
+            float score = 0;
+#pragma omp simd reduction(+ : score)
+            for (int64_t i = 0; i < size; i++) score += query[i] * LOAD(key[i]);
+            scores[k] = score;
+            top = score > top ? score : top;
+        }
+        float shrink = exponential(seen->top - top), total = seen->total * shrink;
+#pragma omp simd reduction(+ : total)
+        for (int64_t k = 0; k < some; k++) {
+            scores[k] = exponential(scores[k] - top);
+            total += scores[k];
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) seen->mixed[i] *= shrink;
+        for (int64_t k = 0; k < some; k++) {
+            const NUMBER *value = values + (start + k) * size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; i++) seen->mixed[i] += scores[k] * LOAD(value[i]);
+        }
+        seen->top = top;
+        seen->total = total;
+    }
+}
+
+/* Attention of one more token of every sequence, whose keys and values it keeps.
+ *
+ * heads [rows, queries + 2·groups, size], rotated; shared_* [groups, shared, size], of a beginning
+ * that all sequences have; own_* [rows, groups, room, size], of which lengths[row] are in use
+ * before the call; result [rows, queries · size]. size is at most MOST_HEAD_NUMBERS. */
+void OF(attend_next)(
+    const NUMBER *heads, const NUMBER *shared_keys, const NUMBER *shared_values, NUMBER *own_keys,
+    NUMBER *own_values, const int64_t *lengths, NUMBER *result, float scale, int64_t rows,
+    int64_t queries, int64_t groups, int64_t size, int64_t shared, int64_t room) {
+    int64_t each = queries / groups;
+#pragma omp parallel for collapse(2)
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t group = 0; group < groups; group++) {
+            const NUMBER *all = heads + row * (queries + 2 * groups) * size;
+            NUMBER *keys = own_keys + (row * groups + group) * room * size;
+            NUMBER *values = own_values + (row * groups + group) * room * size;
+            int64_t length = lengths[row];
+            memcpy(
+                keys + length * size, all + (queries + group) * size, size * sizeof(NUMBER));
+            memcpy(
+                values + length * size, all + (queries + groups + group) * size,
+                size * sizeof(NUMBER));
+            for (int64_t head = group * each; head < (group + 1) * each; head++) {
+                float query[MOST_HEAD_NUMBERS];
+                OF(seen) seen = {-INFINITY, 0, {0}};
+#pragma omp simd
+                for (int64_t i = 0; i < size; i++) query[i] = LOAD(all[head * size + i]) * scale;
+                if (shared) {
+                    OF(look_at)(
+                        &seen, query, shared_keys + group * shared * size,
+                        shared_values + group * shared * size, shared, size);
+                }
+                OF(look_at)(&seen, query, keys, values, length + 1, size);
+                NUMBER *mixed = result + (row * queries + head) * size;
+#pragma omp simd
+                for (int64_t i = 0; i < size; i++) mixed[i] = STORE(seen.mixed[i] / seen.total);
+            }
+        }
+    }
+}
+
+#undef LOAD
+#undef STORE
