@@ -163,10 +163,13 @@ def test_the_folders_of_volumes_belong_to_the_user(target):
 
 
 def test_the_build_has_all_that_the_wheel_is_made_of():
-    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     described = [PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]]
+    hook = wheel["hooks"]["custom"].get("path", "hatch_build.py")
 
-    assert {*wheel, *described, "pyproject.toml", "constraints.txt"} == set(sources())
+    assert {*wheel["packages"], *described, hook, "pyproject.toml", "constraints.txt"} == set(
+        sources()
+    )
 
 
 def test_the_build_sees_what_it_copies_and_nothing_else():
@@ -175,7 +178,8 @@ def test_the_build_sees_what_it_copies_and_nothing_else():
         assert not deployment.is_ignored(source), source
     secret = [".env", ".env.example", ".git/config", ".venv/bin/python", "tests/factories.py"]
     caches = ["api/__pycache__/app.cpython-311.pyc", "core/jobs.pyc", "core/__pycache__/left"]
-    for path in [*secret, *caches]:
+    compiled_here = ["ppo_engine/_native_avx2.so"]
+    for path in [*secret, *caches, *compiled_here]:
         assert deployment.is_ignored(path), path
 
 
