@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ppo_engine.native import MOST_KEYS, kernels_for
 from ppo_engine.packing import Packed, Rectangle
 from ppo_engine.products import wide_format
 
@@ -240,9 +241,18 @@ class PlainKernel:
 
     def _probabilities(self, heads: _Heads) -> Tensor:
         """Attention weights, [G·kv, rep·S, L+S]."""
-        scores = torch.baddbmm(
-            self._mask, heads.queries, heads.keys.transpose(1, 2), alpha=self._shape.size**-0.5
-        )
+        scale = self._shape.size**-0.5
+        kernels = kernels_for(heads.queries)
+        if kernels is not None and self._span.keys <= MOST_KEYS:
+            weights = heads.queries @ heads.keys.transpose(1, 2)
+            kernels.causal_softmax(
+                weights,
+                scale=scale,
+                columns=self._span.rectangle.columns,
+                prefix=self._span.prefix,
+            )
+            return weights
+        scores = torch.baddbmm(self._mask, heads.queries, heads.keys.transpose(1, 2), alpha=scale)
         return torch.softmax(scores, dim=-1)  # in fp32, but for the result
 
     def _by_query(self, flat: Tensor) -> Tensor:

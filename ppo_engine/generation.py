@@ -14,6 +14,7 @@ from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, gated, rms_n
 from ppo_engine.key_values import FusedKeyValues, KeyValues, Prompts, key_values
 from ppo_engine.logprobs import OutputHead
 from ppo_engine.machine import packed_copy_bytes
+from ppo_engine.native import product_kernels_for
 from ppo_engine.packing import Packed, common_prefix, pack
 from ppo_engine.products import PackedWeight
 
@@ -198,6 +199,30 @@ class _ColumnLinear:
         return result.t() if onto is None else onto + result.t()
 
 
+class _NativeLinear:
+    """On the weights as they are, by our kernel: their adapters' additions in the same sums."""
+
+    def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
+        kernels = product_kernels_for(group.weight)
+        assert kernels is not None  # noqa: S101 - or another kind was chosen
+        self._kernels = kernels
+        self._weight, self._down = group.weight, adapters.down
+        self._bias = None if group.bias is None else group.bias.float()
+        self._up = None
+        if adapters.down is not None:
+            (addition,) = adapters.joined(len(group.weight)).additions
+            self._up = addition.up
+
+    def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """[N, Σ out] of [N, in], added to `onto`."""
+        low_rank = None
+        if self._down is not None and self._up is not None:
+            low_rank = self._kernels.product(inputs, self._down), self._up
+        return self._kernels.product(
+            inputs, self._weight, low_rank=low_rank, bias=self._bias, onto=onto
+        )
+
+
 class _PackedLinear:
     """On a packed copy of the weights, with the adapters' inner values as further inputs."""
 
@@ -217,10 +242,12 @@ class _PackedLinear:
         return self._weight.product(inputs, bias=self._bias, onto=onto)
 
 
-def _kind_for(decoder: Decoder) -> "type[_RowLinear | _ColumnLinear | _PackedLinear]":
-    """On a CPU packed, where that can be and the copies are small beside the memory."""
+def _kind_for(decoder: Decoder) -> Callable[[LinearGroup, GroupAdapters], _Linear]:
+    """On a CPU by our kernels, or packed, if that can be and the copies are small beside memory."""
     if decoder.norm.is_cuda:
         return _RowLinear
+    if product_kernels_for(decoder.norm) is not None:
+        return _NativeLinear
     weights = [group.weight for layer in decoder.layers for group in layer.groups]
     return _PackedLinear if packed_copy_bytes(weights) else _ColumnLinear
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppo_engine.native import Kernels, kernels_for, product_kernels_for
 from ppo_engine.packing import FEWEST_TOKENS
 from ppo_engine.products import PackedWeight, is_packable, product, wide_format, wide_product
 
@@ -37,8 +38,8 @@ class HeadComparison(NamedTuple):
 class OutputHead:
     """The frozen layer from hidden states to next-token scores z/τ, in blocks of the vocabulary.
 
-    Scores are at least fp32 whatever the model's format is; a CPU needs wide weights for that,
-    which are held once more, packed where they can be.
+    Scores are at least fp32 whatever the model's format is; for that a CPU without our kernels for
+    the format needs wide weights, which are held once more, packed where they can be.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class OutputHead:
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V], all at once."""
-        if states.is_cuda:
+        if states.is_cuda or product_kernels_for(self.weight) is not None:
             whole = HeadBlock(0, self.weight, self.bias, self.temperature)
             return whole.scores(states)
         return torch.cat([block.scores(states) for block in self.blocks], dim=1)
@@ -75,12 +76,21 @@ class HeadBlock:
         self.start = start
         """Number of the first entry."""
         self._weight = weight
-        self._wide = _wide_weight(weight)
+        self._kernels = product_kernels_for(weight)
+        self._wide = weight if self._kernels is not None else _wide_weight(weight)
         self._bias = None if bias is None else bias.to(wide_format(weight.dtype))
         self._temperature = temperature
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V'], at least fp32."""
+        if self._kernels is not None:
+            return self._kernels.product(
+                states,
+                self._weight,
+                bias=self._bias,
+                divisor=self._temperature,
+                dtype=torch.float32,
+            )
         if isinstance(self._wide, PackedWeight):
             scores = self._wide.product(states.to(torch.float32), bias=self._bias)
         else:
@@ -140,17 +150,12 @@ def head_comparison(
 
     Both are hidden states [N, H] before the same head, `tokens` [N].
     """
-    ours, theirs = _Walk(states, tokens), _Walk(reference_states, tokens)
-    difference = torch.zeros_like(ours.top)
+    ours, theirs = (_walk(each, tokens) for each in (states, reference_states))
     for block in head.blocks:
         our_scores, their_scores = (block.scores(walk.states) for walk in (ours, theirs))
-        ours_less_theirs = our_scores - their_scores
-        before = ours.top
-        weights = ours.take_in(block.start, our_scores)
+        ours.take_in(block.start, our_scores, others=their_scores)
         theirs.take_in(block.start, their_scores)
-        difference *= (before - ours.top).exp()
-        difference += torch.linalg.vecdot(weights, ours_less_theirs)
-    kl = difference / ours.total - ours.log_normalizer + theirs.log_normalizer
+    kl = ours.lead - ours.log_normalizer + theirs.log_normalizer
     real = len(states)
     found = (ours.logprobs, ours.entropy, theirs.logprobs, kl)
     return HeadComparison(*(each[:real].float() for each in found))
@@ -163,6 +168,25 @@ class _Gradients(NamedTuple):
     of_entropy: bool
 
 
+_NO_GRADIENTS = _Gradients(of_logprobs=False, of_entropy=False)
+
+
+class _Taken(NamedTuple):
+    """What a block adds to the sums of the gradients, and what becomes of them before."""
+
+    shift: Tensor
+    """Highest score before less the one now, [N]; 0 for the first block."""
+    plain: Tensor | None
+    """exp(z − top) but for the chosen token, [N, V']."""
+    weighted: Tensor | None
+    """exp(z − top)·(z − top), likewise."""
+
+
+def _walk(states: Tensor, tokens: Tensor) -> "_Walk":
+    kernels = kernels_for(states)
+    return _Walk(states, tokens) if kernels is None else _NativeWalk(states, tokens, kernels)
+
+
 class _Walk:
     """Running sums over the vocabulary, relative to the highest score so far; N tokens, [N]."""
 
@@ -171,48 +195,56 @@ class _Walk:
         self.states = nn.functional.pad(states, (0, 0, 0, missing))
         """[N, H], filled up."""
         self._tokens = nn.functional.pad(tokens, (0, missing))
-        zeros = self.states.new_zeros(len(self.states), dtype=wide_format(states.dtype))
-        self.top = zeros - torch.inf
-        """Highest score."""
-        self.total = zeros
-        """Σ exp(z − top)."""
-        self._weighted = zeros
-        """Σ exp(z − top)·(z − top)."""
-        self._chosen = zeros
-        """Score of the chosen token."""
+        shape = (5, len(self.states))
+        self._sums = self.states.new_zeros(shape, dtype=wide_format(states.dtype))
+        """Highest score z; Σ exp(z − top); Σ exp(z − top)·(z − top); z of the chosen token; and
+        Σ exp(z − top)·(z − z'), for others' scores z'."""
+        self._top, self.total, self._weighted, self._chosen, self._apart = self._sums.unbind()
+        self._top.fill_(-torch.inf)
 
-    def take_in(self, start: int, scores: Tensor) -> Tensor:
-        """Adds a block of scores [N, V'], which it turns into z − top; their exp(z − top)."""
-        places, inside = self._places(start, scores.shape[1])
-        is_here = (places == inside)[:, 0]
-        found = scores.gather(1, inside)[:, 0]
-        self._chosen = torch.where(is_here, found, self._chosen)
-        top = torch.maximum(self.top, scores.amax(dim=1))
+    def take_in(
+        self,
+        start: int,
+        scores: Tensor,
+        *,
+        others: Tensor | None = None,
+        wanted: _Gradients = _NO_GRADIENTS,
+    ) -> _Taken:
+        """Adds a block of scores [N, V'] from the entry `start` on, and uses them up.
+
+        `others` are those that `lead` compares with.
+        """
+        places = (self._tokens - start)[:, None]
+        inside = places.clamp(0, scores.shape[1] - 1)
+        is_here = places == inside
+        self._chosen.copy_(
+            torch.where(is_here, scores.gather(1, inside), self._chosen[:, None])[:, 0]
+        )
+        apart = None if others is None else scores - others
+        top = torch.maximum(self._top, scores.amax(dim=1))
+        shift = torch.where(self.total > 0, self._top - top, 0.0)
+        scale = shift.exp()
         scores.sub_(top[:, None])
         weights = scores.exp()
-        shift = torch.where(self.total > 0, self.top - top, 0.0)
-        scale = shift.exp()
-        self._weighted = scale * (self._weighted + shift * self.total)
-        self._weighted += torch.linalg.vecdot(weights, scores)
-        self.total = scale * self.total + weights.sum(dim=1)
-        self.top = top
-        return weights
-
-    def leave_out_chosen(self, start: int, weights: Tensor) -> None:
-        """Sets a block's weights [N, V'] of the chosen tokens to 0."""
-        places, inside = self._places(start, weights.shape[1])
-        kept = weights.gather(1, inside).masked_fill_(places == inside, 0)
-        weights.scatter_(1, inside, kept)
-
-    def _places(self, start: int, entries: int) -> tuple[Tensor, Tensor]:
-        """Where the chosen tokens stand in a block, [N, 1], and the same moved into the block."""
-        places = (self._tokens - start)[:, None]
-        return places, places.clamp(0, entries - 1)
+        self._weighted.addcmul_(shift, self.total).mul_(scale).add_(
+            torch.linalg.vecdot(weights, scores)
+        )
+        self.total.mul_(scale).add_(weights.sum(dim=1))
+        if apart is not None:
+            self._apart.mul_(scale).add_(torch.linalg.vecdot(weights, apart))
+        self._top.copy_(top)
+        if wanted.of_logprobs:
+            weights.scatter_(1, inside, weights.gather(1, inside).masked_fill_(is_here, 0))
+        return _Taken(
+            shift,
+            weights if wanted.of_logprobs else None,
+            scores.mul_(weights) if wanted.of_entropy else None,
+        )
 
     @property
     def log_normalizer(self) -> Tensor:
         """Logsumexp of the scores."""
-        return self.top + self.total.log()
+        return self._top + self.total.log()
 
     @property
     def logprobs(self) -> Tensor:
@@ -221,13 +253,43 @@ class _Walk:
 
     @property
     def mean(self) -> Tensor:
-        """Σ p·z relative to `top`."""
+        """Σ p·z relative to the highest z."""
         return self._weighted / self.total
+
+    @property
+    def lead(self) -> Tensor:
+        """Σ p·(z − z')."""
+        return self._apart / self.total
 
     @property
     def entropy(self) -> Tensor:
         """Σ −p·ln p = ln Σ exp(z − top) − Σ p·(z − top)."""
         return self.total.log() - self.mean
+
+
+class _NativeWalk(_Walk):
+    """The same in one walk over a block's scores, in fp32."""
+
+    def __init__(self, states: Tensor, tokens: Tensor, kernels: Kernels) -> None:
+        super().__init__(states, tokens)
+        self._kernels = kernels
+
+    def take_in(
+        self,
+        start: int,
+        scores: Tensor,
+        *,
+        others: Tensor | None = None,
+        wanted: _Gradients = _NO_GRADIENTS,
+    ) -> _Taken:
+        """Adds a block of scores [N, V']; what is wanted for gradients is in the states' format."""
+        plain, weighted = (
+            torch.empty_like(scores, dtype=self.states.dtype) if each else None for each in wanted
+        )
+        shift = self._kernels.take_in(
+            scores, others, self._tokens, start, self._sums, plain, weighted
+        )
+        return _Taken(shift, plain, weighted)
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -237,21 +299,20 @@ class _HeadLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, tokens: Tensor, head: OutputHead, wanted: _Gradients
     ) -> tuple[Tensor, Tensor]:
-        walk = _Walk(states, tokens)
+        walk = _walk(states, tokens)
         # Without the chosen tokens, Σ exp(z − top)·W and Σ exp(z − top)·(z − top)·W, [N, H].
         plain, weighted = (
-            torch.zeros_like(walk.states, dtype=walk.top.dtype) if each else None for each in wanted
+            torch.zeros_like(walk.states, dtype=walk.total.dtype) if each else None
+            for each in wanted
         )
         for block in head.blocks:
-            before, scores = walk.top, block.scores(walk.states)
-            weights = walk.take_in(block.start, scores)
-            if plain is not None:
-                walk.leave_out_chosen(block.start, weights)
-                shift = torch.where(before > -torch.inf, before - walk.top, 0.0)[:, None]
-                if weighted is not None:
+            taken = walk.take_in(block.start, block.scores(walk.states), wanted=wanted)
+            shift = taken.shift[:, None]
+            if plain is not None and taken.plain is not None:
+                if weighted is not None and taken.weighted is not None:
                     weighted.addcmul_(plain, shift).mul_(shift.exp())
-                    weighted.add_(block.mixed(scores.mul_(weights)))
-                plain.mul_(shift.exp()).add_(block.mixed(weights))
+                    weighted.add_(block.mixed(taken.weighted))
+                plain.mul_(shift.exp()).add_(block.mixed(taken.plain))
         real = len(states)
         if plain is not None:
             chosen = head.weight[tokens].to(plain.dtype)

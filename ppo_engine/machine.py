@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_engine.native import product_kernels_for
 from ppo_engine.products import is_packable
 
 _SHAPE = (512, 576, 1536)
@@ -134,8 +135,10 @@ def _inner_weights(model: Any) -> list[Tensor]:
 
 
 def _head_copy_bytes(model: Any) -> int:
-    """Of the copy in fp32 that a CPU makes scores with."""
+    """Of the copy in fp32 that a CPU makes scores with where it has no kernels for the format."""
     weight = model.get_output_embeddings().weight
+    if product_kernels_for(weight) is not None:
+        return 0
     is_copied = weight.dtype != torch.float32 or is_packable(weight.device, torch.float32)
     return weight.numel() * _SCORE_BYTES if is_copied and not weight.is_cuda else 0
 
@@ -143,13 +146,17 @@ def _head_copy_bytes(model: Any) -> int:
 def packed_copy_bytes(weights: Sequence[Tensor]) -> int:
     """What packed copies of the weights take while responses are sampled; 0 where none are made.
 
+    Our kernels for products take the weights as they are.
     They may take a share of all memory, not of what is free: a run must do the same when it is
     taken up again.
     """
     needed = sum(weight.nbytes for weight in weights)
     limit = _SHARE_FOR_COPIES * min(_total_bytes(), _group_limit_bytes())
-    fits = all(is_packable(each.device, each.dtype) for each in weights) and needed <= limit
-    return needed if fits else 0
+    are_packable = all(
+        is_packable(each.device, each.dtype) and product_kernels_for(each) is None
+        for each in weights
+    )
+    return needed if are_packable and needed <= limit else 0
 
 
 def free_bytes(device: str) -> int:

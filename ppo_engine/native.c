@@ -19,6 +19,15 @@
 /* Keys whose scores are held at once. */
 #define KEY_BLOCK 64
 
+/* The most keys that `causal_softmax` has room for. */
+#define MOST_KEYS 1024
+
+/* Scores whose exponentials are held at once. */
+#define CHUNK 256
+
+/* Numbers that loops take at once; what is left of a row would be taken one by one. */
+#define VECTOR 16
+
 typedef struct {
     uint16_t bits;
 } bf16;
@@ -72,6 +81,22 @@ static inline float exponential(float x) {
 
 static inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
+/* exp(z - top) of some scores; adds them up, and their products with z - top. Never inlined: copies
+ * of the loop could add in different orders, and a token's log-probability must not depend on what
+ * else is asked for. */
+static __attribute__((noinline)) void weigh(
+    const float *scores, float top, int64_t count, float *weights, float *total, float *spread) {
+    float all = 0, all_spread = 0;
+#pragma omp simd reduction(+ : all, all_spread)
+    for (int64_t i = 0; i < count; i++) {
+        weights[i] = exponential(scores[i] - top);
+        all += weights[i];
+        all_spread += weights[i] * (scores[i] - top);
+    }
+    *total += all;
+    *spread += all_spread;
+}
+
 #define NUMBER float
 #define OF(name) name##_fp32
 #include "native_kernels.h"
@@ -81,3 +106,7 @@ static inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); 
 #define NUMBER bf16
 #define OF(name) name##_bf16
 #include "native_kernels.h"
+
+#ifdef __AVX512BF16__
+#include "native_products.h"
+#endif

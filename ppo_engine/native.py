@@ -15,9 +15,12 @@ from torch import Tensor
 
 MOST_HEAD_NUMBERS = 256
 """The longest head that `attend_next` takes."""
+MOST_KEYS = 1024
+"""The most keys that `causal_softmax` takes."""
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """By what PyTorch takes the processor to be capable of, best first; others have one for all."""
+_BF16_VARIANT = "avx512_bf16"
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -27,7 +30,11 @@ _ARGUMENTS = {
     "gated_backward": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT),
     "rotate": (_POINTER, _POINTER, _POINTER, _REAL, *[_COUNT] * 4),
     "attend_next": (*[_POINTER] * 7, _REAL, *[_COUNT] * 6),
+    "causal_softmax": (_POINTER, _REAL, *[_COUNT] * 4),
+    "take_in": (*[_POINTER] * 7, *[_COUNT] * 3),
+    "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 4),
 }
+"""The last in bf16 alone, where the processor has instructions for it."""
 
 
 def kernels_for(tensor: Tensor) -> "Kernels | None":
@@ -35,6 +42,12 @@ def kernels_for(tensor: Tensor) -> "Kernels | None":
     if tensor.device.type != "cpu":
         return None
     return _kernels().get(tensor.dtype)
+
+
+def product_kernels_for(tensor: Tensor) -> "Kernels | None":
+    """The kernels for such tensors, if they have `product`."""
+    kernels = kernels_for(tensor)
+    return kernels if kernels is not None and kernels.has_product else None
 
 
 def variant() -> str | None:
@@ -54,8 +67,7 @@ def _kernels() -> "dict[torch.dtype, Kernels]":
 @functools.cache
 def _library() -> tuple[str, ctypes.CDLL] | None:
     """The best variant that was compiled and that this processor runs."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    for name in _VARIANTS.get(capability, ("any",)):
+    for name in usable_variants():
         path = _FOLDER / f"_native_{name}.so"
         if path.exists():
             try:
@@ -65,15 +77,23 @@ def _library() -> tuple[str, ctypes.CDLL] | None:
     return None
 
 
+def usable_variants() -> tuple[str, ...]:
+    """Names of those that this processor runs, compiled or not, best first."""
+    names = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("any",))
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
+    return (_BF16_VARIANT, *names) if has_bf16 else names
+
+
 class Kernels:
     """For tensors of one number format, but where another is said."""
 
     def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
         self._functions: dict[str, Any] = {}
         for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
-            self._functions[name] = function
+            function = getattr(library, f"{name}_{suffix}", None)
+            if function is not None:
+                function.argtypes, function.restype = arguments, None
+                self._functions[name] = function
 
     def _call(self, name: str, *arguments: Tensor | float | None) -> None:
         """By the address of what a tensor holds, without gaps."""
@@ -159,5 +179,82 @@ class Kernels:
             size,
             prefix,
             own[0].shape[2],
+        )
+        return result
+
+    def causal_softmax(self, scores: Tensor, *, scale: float, columns: int, prefix: int) -> None:
+        """Softmax of scale · scores [..., columns, prefix + columns], in place.
+
+        A query sees the keys of the prefix, and of its own row those up to its own place.
+        """
+        self._call(
+            "causal_softmax",
+            scores,
+            scale,
+            scores.numel() // scores.shape[-1],
+            scores.shape[-1],
+            columns,
+            prefix,
+        )
+
+    def take_in(
+        self,
+        scores: Tensor,
+        others: Tensor | None,
+        tokens: Tensor,
+        start: int,
+        sums: Tensor,
+        plain: Tensor | None,
+        weighted: Tensor | None,
+    ) -> Tensor:
+        """Adds a block of the vocabulary's scores to running sums; how far the highest moved, [N].
+
+        scores, others [N, V'] fp32 from the entry `start` on, chosen tokens [N], sums [5, N] fp32;
+        sets exp(z − top) and exp(z − top)·(z − top), [N, V'].
+        """
+        shift = torch.empty_like(sums[0])
+        self._call(
+            "take_in", scores, others, tokens, sums, shift, plain, weighted, *scores.shape, start
+        )
+        return shift
+
+    @property
+    def has_product(self) -> bool:
+        """Whether there is `product`: in bf16, where the processor has instructions for it."""
+        return "product" in self._functions
+
+    def product(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        *,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+        divisor: float = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """(rows·Wᵀ + inner·Upᵀ + bias + onto)/divisor, [N, out] bf16 or fp32, summed up in fp32.
+
+        rows [N, in], W [out, in]; `low_rank` is inner [N, r] and Up [out, r]; the bias [out] is
+        fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.
+        """
+        result = torch.empty(len(rows), len(weight), dtype=dtype)
+        inner, up = low_rank or (None, None)
+        is_wide = dtype == torch.float32
+        self._call(
+            "product",
+            rows.contiguous(),
+            weight,
+            inner,
+            up,
+            bias,
+            None if onto is None else onto.contiguous(),
+            divisor,
+            result if is_wide else None,
+            None if is_wide else result,
+            *result.shape,
+            rows.shape[1],
+            0 if inner is None else inner.shape[1],
         )
         return result

@@ -189,5 +189,89 @@ void OF(attend_next)(
     }
 }
 
+/* Softmax, in place, of scale · scores [rows, keys] over the keys that a query may see: `prefix` of
+ * them, and of its own row of `columns` tokens those up to its own place, row modulo columns. There
+ * are at most MOST_KEYS. */
+void OF(causal_softmax)(
+    NUMBER *scores, float scale, int64_t rows, int64_t keys, int64_t columns, int64_t prefix) {
+#pragma omp parallel for if (rows * keys > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        NUMBER *y = scores + row * keys;
+        int64_t seen = prefix + row % columns + 1;
+        int64_t whole = (seen + VECTOR - 1) / VECTOR * VECTOR;
+        float held[MOST_KEYS], top = -INFINITY, total = 0;
+#pragma omp simd
+        for (int64_t i = 0; i < seen; i++) held[i] = scale * LOAD(y[i]);
+        for (int64_t i = seen; i < whole; i++) held[i] = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < whole; i++) top = held[i] > top ? held[i] : top;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < whole; i++) {
+            held[i] = exponential(held[i] - top);
+            total += held[i];
+        }
+        float share = 1 / total;
+#pragma omp simd
+        for (int64_t i = 0; i < seen; i++) y[i] = STORE(share * held[i]);
+        memset(y + seen, 0, (keys - seen) * sizeof(NUMBER));
+    }
+}
+
+/* Takes scores [rows, entries] of the vocabulary's entries from `start` on into running sums.
+ *
+ * sums [5, rows]: highest score so far; Σ exp(z − top); Σ exp(z − top)·(z − top); score of the
+ * chosen token; and, if there are scores of others, Σ exp(z − top)·(z − other). shift [rows] is the
+ * highest score before less the one now, 0 for the first block. `plain` exp(z − top) and `weighted`
+ * exp(z − top)·(z − top) are 0 for the chosen token; each may be absent. */
+void OF(take_in)(
+    const float *scores, const float *others, const int64_t *chosen, float *sums, float *shift,
+    NUMBER *plain, NUMBER *weighted, int64_t rows, int64_t entries, int64_t start) {
+#pragma omp parallel for if (rows * entries > FEW_NUMBERS)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *z = scores + row * entries;
+        float *all_top = sums + row, *all_total = sums + rows + row;
+        float *all_spread = sums + 2 * rows + row, *all_lead = sums + 4 * rows + row;
+        int64_t place = chosen[row] - start;
+        float top = *all_top, total = 0, spread = 0, lead = 0;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < entries; i++) top = z[i] > top ? z[i] : top;
+        const float *other = others == NULL ? NULL : others + row * entries;
+        NUMBER *p = plain == NULL ? NULL : plain + row * entries;
+        NUMBER *w = weighted == NULL ? NULL : weighted + row * entries;
+        for (int64_t first = 0; first < entries; first += CHUNK) {
+            int64_t some = entries - first < CHUNK ? entries - first : CHUNK;
+            float weights[CHUNK];
+            weigh(z + first, top, some, weights, &total, &spread);
+            if (other != NULL) {
+#pragma omp simd reduction(+ : lead)
+                for (int64_t i = 0; i < some; i++) {
+                    lead += weights[i] * (z[first + i] - other[first + i]);
+                }
+            }
+            if (p != NULL) {
+#pragma omp simd
+                for (int64_t i = 0; i < some; i++) p[first + i] = STORE(weights[i]);
+            }
+            if (w != NULL) {
+#pragma omp simd
+                for (int64_t i = 0; i < some; i++) {
+                    w[first + i] = STORE(weights[i] * (z[first + i] - top));
+                }
+            }
+        }
+        if (place >= 0 && place < entries) {
+            sums[3 * rows + row] = z[place];
+            if (p != NULL) p[place] = STORE(0);
+            if (w != NULL) w[place] = STORE(0);
+        }
+        float moved = *all_total > 0 ? *all_top - top : 0, scale = expf(moved);
+        *all_spread = scale * (*all_spread + moved * *all_total) + spread;
+        *all_total = scale * *all_total + total;
+        *all_lead = scale * *all_lead + lead;
+        *all_top = top;
+        shift[row] = moved;
+    }
+}
+
 #undef LOAD
 #undef STORE

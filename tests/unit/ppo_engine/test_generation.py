@@ -25,6 +25,13 @@ UNLIKE = ["Hi", "a prompt that is longer than the others are", "?", "Go on"]
 KINDS = {"rows": engine._RowLinear, "columns": engine._ColumnLinear}
 if is_packable(torch.device("cpu"), torch.float32):
     KINDS["packed"] = engine._PackedLinear
+BF16_KINDS = {"rows": engine._RowLinear, "columns": engine._ColumnLinear}
+if is_packable(torch.device("cpu"), torch.bfloat16):
+    BF16_KINDS["packed"] = engine._PackedLinear
+if native.product_kernels_for(torch.empty(0, dtype=torch.bfloat16)) is not None:
+    BF16_KINDS["native"] = engine._NativeLinear
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-6}
+"""Of the largest element."""
 
 
 @pytest.fixture(params=[*KINDS, "no kernels", "transformers"])
@@ -138,10 +145,16 @@ def test_how_often_ends_are_looked_at_changes_no_answer(tiny_model, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+WAYS = [(kind, torch.float32) for kind in KINDS.values()]
+WAYS += [(kind, torch.bfloat16) for kind in BF16_KINDS.values()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), WAYS, ids=[*KINDS, *(f"{name} in bf16" for name in BF16_KINDS)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_every_way_to_multiply_gives_what_separate_products_do(bias, kind):
+def test_every_way_to_multiply_gives_what_separate_products_do(bias, kind, dtype):
     config = Qwen2Config if bias else LlamaConfig
     model = AutoModelForCausalLM.from_config(
         config(
@@ -157,17 +170,44 @@ def test_every_way_to_multiply_gives_what_separate_products_do(bias, kind):
     peft = get_peft_model(model, settings)
     for parameter in peft.parameters():
         torch.nn.init.normal_(parameter)
-    decoder = Decoder(peft.get_base_model())
+    decoder = Decoder(peft.get_base_model().to(dtype))
     for layer, of_layer in zip(decoder.layers, decoder.group_adapters("default"), strict=True):
         for group, adapters in zip(layer.groups, of_layer, strict=True):
-            inputs = torch.randn(5, group.weight.shape[1])
-            onto = torch.randn(5, len(group.weight))
-            expected, _ = group.forward(inputs, adapters)
+            inputs = torch.randn(5, group.weight.shape[1], dtype=dtype)
+            onto = torch.randn(5, len(group.weight), dtype=dtype)
+            expected = inputs.double() @ group.weight.double().t()
+            if group.bias is not None:
+                expected += group.bias.double()
+            for columns, (a, b, scale) in group.adapters("default"):
+                expected[:, columns] += scale * inputs.double() @ a.double().t() @ b.double().t()
             linear = kind(group, adapters)
 
-            torch.testing.assert_close(linear.outputs(inputs), expected, rtol=1e-5, atol=1e-4)
-            added = linear.outputs(inputs, onto=onto)
-            torch.testing.assert_close(added, expected + onto, rtol=1e-5, atol=1e-4)
+            for found, wanted in (
+                (linear.outputs(inputs), expected),
+                (linear.outputs(inputs, onto=onto), expected + onto),
+            ):
+                assert found.dtype == dtype
+                apart = (found.double() - wanted).abs().max() / wanted.abs().max()
+                assert apart < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("way", ["kernels", "no kernels"])
+@torch.no_grad()
+def test_in_bf16_the_scores_are_those_of_fp32_but_for_its_rounding(tiny_model, monkeypatch, way):
+    if way == "no kernels":
+        monkeypatch.setattr(native, "_kernels", dict)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        policy = tiny_policy(tiny_model, tiny_config(precision=precision))
+        tokens, attention_mask = padded(policy, UNLIKE)
+        generation = policy.generation(max_response_tokens=10)
+        scores = [generation.start(tokens, attention_mask, copies=2)]
+        forced = torch.randint(2, 250, (5, 8), generator=torch.Generator().manual_seed(3))
+        scores += [generation.step(each) for each in forced]
+        found[precision] = torch.stack(scores)
+
+    apart = (found["bf16"] - found["fp32"]).abs().max()
+    assert apart < ROUNDING[torch.bfloat16] * found["fp32"].abs().max()
 
 
 def test_finished_rows_are_dropped(tiny_model, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine import logprobs as engine
+from ppo_engine import native
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs, token_logprobs
 
 ROUNDING = 1e-12
@@ -105,11 +106,22 @@ def test_blocks_of_any_size_give_the_same(entries: int) -> None:
     )
 
 
-def test_a_tokens_bits_do_not_depend_on_its_neighbours() -> None:
+@pytest.fixture(params=["kernels", "no kernels"])
+def kernels_or_none(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no kernels":
+        monkeypatch.setattr(native, "_kernels", dict)
+
+
+with_and_without_kernels = pytest.mark.usefixtures("kernels_or_none")
+
+
+@with_and_without_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_tokens_bits_do_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(258, 64, generator=generator)
+    weight = torch.randn(258, 64, generator=generator).to(dtype)
     head = OutputHead(weight, None, temperature=0.7, block_entries=100)
-    states = torch.randn(150, 64, generator=generator)
+    states = torch.randn(150, 64, generator=generator).to(dtype)
     tokens = torch.randint(258, (150,), generator=generator)
 
     together = head_logprobs(states, tokens, head)
@@ -151,6 +163,7 @@ def test_scores_far_apart_overflow_nothing() -> None:
     assert gradients.flatten().tolist() == pytest.approx([0.0, 100.0 * (VOCABULARY - 1)])
 
 
+@with_and_without_kernels
 def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
     states = states_of(0, dtype=torch.bfloat16)
     head = head_of(dtype=torch.bfloat16)
@@ -166,6 +179,7 @@ def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=HALF)
 
 
+@with_and_without_kernels
 def test_a_sure_choice_keeps_its_small_gradient_in_bf16() -> None:
     # The others' shares are some 1e-4: far less than bf16 rounds the chosen entry's row by.
     weight = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -208,15 +222,19 @@ def test_a_comparison_gives_each_side_its_own_log_probabilities_to_the_bit() -> 
     assert not torch.equal(found.logprobs, found.reference_logprobs)
 
 
-def test_exact_kl_is_the_written_out_sum() -> None:
-    head = head_of(temperature=0.7)
-    ours, theirs = states_of(0), states_of(1)
+@with_and_without_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_exact_kl_is_the_written_out_sum(dtype: torch.dtype) -> None:
+    head = head_of(temperature=0.7, dtype=dtype)
+    ours, theirs = (states_of(seed, dtype=dtype) for seed in (0, 1))
 
     found = kl_of(ours, theirs, head)
 
+    assert head.bias is not None
+    weight, bias = head.weight.double(), head.bias.double()
     for token in range(TOKENS):
         p, q = (
-            [math.exp(z / 0.7) for z in (head.weight @ x[token] + head.bias).tolist()]
+            [math.exp(z / 0.7) for z in (weight @ x[token].double() + bias).tolist()]
             for x in (ours, theirs)
         )
         p, q = ([x / math.fsum(each) for x in each] for each in (p, q))

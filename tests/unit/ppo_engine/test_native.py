@@ -1,6 +1,8 @@
 """The compiled kernels against their formulas in fp64."""
 
+import ctypes
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +24,11 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture
-def kernels(dtype):
-    found = native.kernels_for(torch.empty(0, dtype=dtype))
-    assert found is not None, "there is a C compiler, but the kernels were not compiled"
-    return found
+@pytest.fixture(params=native.usable_variants())
+def kernels(request, dtype):
+    path = Path(native.__file__).parent / f"_native_{request.param}.so"
+    assert path.exists(), "there is a C compiler, but the kernels were not compiled"
+    return native.Kernels(ctypes.CDLL(str(path)), "fp32" if dtype == torch.float32 else "bf16")
 
 
 def drawn(dtype, *shape, seed=0):
@@ -138,6 +140,125 @@ def test_a_row_does_not_depend_on_those_beside_it(kernels, dtype):
             backward[part],
         )
         assert torch.equal(kernels.gated(hidden[part]), kernels.gated(hidden)[part])
+
+
+@pytest.mark.parametrize(("prefix", "columns"), [(0, 1), (3, 40), (130, 7)])
+def test_softmax_over_what_a_query_may_see(kernels, dtype, prefix, columns):
+    scores, scale = 4 * drawn(dtype, 2, 3 * columns, prefix + columns), 0.37
+    seen = torch.ones(columns, prefix + columns, dtype=torch.bool).tril(diagonal=prefix)
+    wide = (scale * scores.double()).masked_fill(~seen.repeat(3, 1), -torch.inf)
+
+    kernels.causal_softmax(scores, scale=scale, columns=columns, prefix=prefix)
+
+    assert_near(scores, torch.softmax(wide, dim=-1), dtype)
+    assert (scores[:, ~seen.repeat(3, 1)] == 0).all()
+
+
+TOKENS, ENTRIES, BLOCK = 5, 700, 300
+
+
+def walk(kernels, dtype, scores, *, others=None, plain=False, weighted=False):
+    """The sums after all blocks, and of each block what is asked for."""
+    chosen = torch.tensor([0, 299, 300, 450, 699])
+    sums = torch.zeros(5, TOKENS)
+    sums[0] = -torch.inf
+    parts = []
+    for start in range(0, ENTRIES, BLOCK):
+        block = scores[:, start : start + BLOCK].contiguous()
+        other = None if others is None else others[:, start : start + BLOCK].contiguous()
+        weights = [
+            torch.empty_like(block, dtype=dtype) if each else None for each in (plain, weighted)
+        ]
+        before = sums[0].clone()
+        shift = kernels.take_in(block, other, chosen, start, sums, *weights)
+        assert torch.equal(shift, before - sums[0] if start else torch.zeros(TOKENS))
+        parts.append((sums[0].clone(), *weights))
+    return chosen, sums, parts
+
+
+def test_running_sums_over_the_vocabulary(kernels, dtype):
+    scores, others = (5 * drawn(torch.float32, TOKENS, ENTRIES, seed=seed) for seed in (0, 1))
+    scores[2] += torch.linspace(0, 200, ENTRIES)  # the highest one grows from block to block
+    scores[3] -= torch.linspace(0, 200, ENTRIES)
+
+    chosen, sums, parts = walk(kernels, dtype, scores, others=others, plain=True, weighted=True)
+
+    top = scores.max(dim=1).values
+    below = (scores - top[:, None]).double()
+    weights = below.exp()
+    assert torch.equal(sums[0], top)
+    assert torch.equal(sums[3], scores[torch.arange(TOKENS), chosen])
+    for found, expected in (
+        (sums[1], weights.sum(dim=1)),
+        (sums[2], (weights * below).sum(dim=1)),
+        (sums[4], (weights * (scores - others)).sum(dim=1)),
+    ):
+        assert_near(found, expected, torch.float32)
+    for number, (so_far, plain, weighted) in enumerate(parts):
+        block = slice(number * BLOCK, (number + 1) * BLOCK)
+        below = (scores[:, block] - so_far[:, None]).double()
+        is_chosen = torch.arange(ENTRIES)[block] == chosen[:, None]
+        expected = below.exp().masked_fill(is_chosen, 0)
+        assert_near(plain, expected, dtype)
+        assert_near(weighted, expected * below, dtype)
+
+
+def test_running_sums_do_not_depend_on_what_else_is_asked_for(kernels, dtype):
+    scores, others = (5 * drawn(torch.float32, TOKENS, ENTRIES, seed=seed) for seed in (0, 1))
+    _, alone, _ = walk(kernels, dtype, scores)
+    for asked in ({"plain": True}, {"plain": True, "weighted": True}, {"others": others}):
+        _, sums, _ = walk(kernels, dtype, scores, **asked)
+        assert torch.equal(sums[:4], alone[:4]), asked
+
+
+def test_scores_that_are_no_numbers_stay_so(kernels, dtype):
+    scores = torch.zeros(TOKENS, ENTRIES)
+    scores[1, 650] = torch.nan
+    _, sums, _ = walk(kernels, dtype, scores)
+    assert sums[1].isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.fixture
+def products():
+    found = native.product_kernels_for(torch.empty(0, dtype=torch.bfloat16))
+    if found is None:
+        pytest.skip("no processor with AVX512-BF16")
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 4, 21])
+@pytest.mark.parametrize(("outputs", "width", "rank"), [(5, 7, 3), (64, 96, 16), (1030, 577, 33)])
+def test_product_with_all_that_may_be_added(products, rows, outputs, width, rank):
+    x, weight = drawn(torch.bfloat16, rows, width), drawn(torch.bfloat16, outputs, width, seed=1)
+    inner, up = (
+        drawn(torch.bfloat16, rows, rank, seed=2),
+        drawn(torch.bfloat16, outputs, rank, seed=3),
+    )
+    bias, onto = drawn(torch.float32, outputs, seed=4), drawn(torch.bfloat16, rows, outputs, seed=5)
+    base = x.double() @ weight.double().t()
+    low = inner.double() @ up.double().t()
+
+    wide = products.product(x, weight, dtype=torch.float32)
+    scaled = products.product(x, weight, bias=bias, divisor=0.7, dtype=torch.float32)
+    narrow = products.product(x, weight, low_rank=(inner, up), bias=bias, onto=onto)
+
+    assert_near(wide, base, torch.float32)
+    assert_near(scaled, (base + bias) / 0.7, torch.float32)
+    assert_near(narrow, base + low + bias + onto, torch.bfloat16)
+
+
+def test_a_products_row_does_not_depend_on_those_beside_it(products):
+    x, weight = drawn(torch.bfloat16, 50, 100), drawn(torch.bfloat16, 700, 100, seed=1)
+    together = products.product(x, weight, dtype=torch.float32)
+    for part in (slice(3, 4), slice(17, 43)):
+        alone = products.product(x[part], weight, dtype=torch.float32)
+        assert torch.equal(alone, together[part])
+    some = products.product(x, weight[130:133].contiguous(), dtype=torch.float32)
+    assert torch.equal(some, together[:, 130:133])
+
+
+def test_the_best_variant_is_taken():
+    assert native.variant() == native.usable_variants()[0]
 
 
 def test_other_formats_have_no_kernels():
