@@ -28,7 +28,7 @@ import torch
 from benchmarks.step import HERE, ResponseLength
 from ppo_engine.attention import SpanwiseAttention
 from ppo_engine.config import TrainConfig
-from ppo_engine.key_values import PlainKeyValues
+from ppo_engine.key_values import NativeKeyValues, PlainKeyValues
 from ppo_engine.layout import Layout
 from ppo_engine.packing import CommonShape, common_prefix, pack
 from ppo_engine.policy import BaseModel, Policy, read_states
@@ -91,6 +91,7 @@ class AttentionClock:
 
     METHODS = (
         (PlainKeyValues, "attend"),
+        (NativeKeyValues, "attend"),
         (SpanwiseAttention, "forward"),
         (SpanwiseAttention, "backward"),
     )
