@@ -11,7 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.native import MOST_KEYS, kernels_for
+from ppo_engine.native import (
+    MOST_HEAD_NUMBERS,
+    MOST_KEYS,
+    MOST_SEEN,
+    kernels_for,
+    product_kernels_for,
+)
 from ppo_engine.packing import Packed, Rectangle
 from ppo_engine.products import wide_format
 
@@ -20,6 +26,8 @@ _FUSED_HEAD_STEP = 8
 _FUSED_HEAD_LIMIT = 256
 _SHORT_KEYS = 256
 """In bf16 plain products beat the blockwise kernel, which is none in bf16, up to about here."""
+_TILE = 4
+"""Numbers of a head that our kernel takes at once."""
 _KEY_STEP = 16
 """A CPU's vectors of fp32 hold no more; what is left of a row's keys would round differently."""
 
@@ -160,7 +168,8 @@ class SpanwiseAttention:
         """All spans take the kernel `kind` if it is given."""
         self._shape = shape
         self._kernels = [
-            (kind or _kernel_for(span, like))(span, shape, like) for span in _spans(packed, like)
+            (kind or _kernel_for(span, shape, like))(span, shape, like)
+            for span in _spans(packed, like)
         ]
         self._end = len(packed.sources) - packed.filler
 
@@ -178,15 +187,16 @@ class SpanwiseAttention:
         return of_qkv
 
 
-def _kernel_for(span: _Span, like: Tensor) -> type[SpanKernel]:
+def _kernel_for(span: _Span, shape: HeadShape, like: Tensor) -> type[SpanKernel]:
     """By number format and by the length of the span's rows alone.
 
     A row must get the same kernel in every micro-batch.
     """
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
         return PlainKernel
-    is_long = like.dtype == torch.float32 or span.keys > _SHORT_KEYS
-    return BlockwiseKernel if is_long else PlainKernel
+    if like.dtype == torch.float32 or span.keys > _SHORT_KEYS:
+        return BlockwiseKernel
+    return NativeKernel if NativeKernel.takes(span, shape, like) else PlainKernel
 
 
 class PlainKernel:
@@ -262,6 +272,36 @@ class PlainKernel:
             rows, columns, self._shape.keys, -1, self._shape.size
         )
         return part.permute(0, 2, 3, 1, 4)
+
+
+class NativeKernel(PlainKernel):
+    """A kernel of our own forward, products of matrices backward."""
+
+    @classmethod
+    def takes(cls, span: _Span, shape: HeadShape, like: Tensor) -> bool:
+        """Whether it knows such heads and so many keys."""
+        return (
+            product_kernels_for(like) is not None
+            and span.keys <= MOST_SEEN
+            and shape.size <= MOST_HEAD_NUMBERS
+            and shape.size % _TILE == 0
+        )
+
+    def forward(self, qkv: Tensor, result: Tensor) -> None:
+        """Sets the span's part of `result` [N, queries·d]."""
+        kernels = product_kernels_for(qkv)
+        assert kernels is not None  # noqa: S101 - it takes no other tensors
+        start, rows, columns = self._span.rectangle
+        kernels.attend_rows(
+            qkv,
+            result,
+            first=start,
+            rows=rows,
+            columns=columns,
+            prefix=self._span.prefix,
+            queries=self._shape.queries,
+            groups=self._shape.keys,
+        )
 
 
 class BlockwiseKernel:

@@ -17,6 +17,8 @@ MOST_HEAD_NUMBERS = 256
 """The longest head that `attend_next` takes."""
 MOST_KEYS = 1024
 """The most keys that `causal_softmax` takes."""
+MOST_SEEN = 256
+"""The most keys that `attend_rows` takes."""
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """By what PyTorch takes the processor to be capable of, best first; others have one for all."""
@@ -32,9 +34,10 @@ _ARGUMENTS = {
     "attend_next": (*[_POINTER] * 7, _REAL, *[_COUNT] * 6),
     "causal_softmax": (_POINTER, _REAL, *[_COUNT] * 4),
     "take_in": (*[_POINTER] * 7, *[_COUNT] * 3),
+    "attend_rows": (*[_POINTER] * 2, _REAL, *[_COUNT] * 7),
     "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 4),
 }
-"""The last in bf16 alone, where the processor has instructions for it."""
+"""The last two in bf16 alone, where the processor has instructions for it."""
 
 
 def kernels_for(tensor: Tensor) -> "Kernels | None":
@@ -217,6 +220,38 @@ class Kernels:
             "take_in", scores, others, tokens, sums, shift, plain, weighted, *scores.shape, start
         )
         return shift
+
+    def attend_rows(
+        self,
+        qkv: Tensor,
+        result: Tensor,
+        *,
+        first: int,
+        rows: int,
+        columns: int,
+        prefix: int,
+        queries: int,
+        groups: int,
+    ) -> None:
+        """Causal attention of sequences, which also see the first `prefix` tokens; sets `result`.
+
+        qkv [N, (queries + 2·groups)·d] is rotated, the result [N, queries·d]; the sequences' tokens
+        stand in both from `first` on, [rows, columns].  There where `product` is.
+        """
+        size = result.shape[1] // queries
+        self._call(
+            "attend_rows",
+            qkv,
+            result,
+            size**-0.5,
+            first,
+            rows,
+            columns,
+            prefix,
+            queries,
+            groups,
+            size,
+        )
 
     @property
     def has_product(self) -> bool:

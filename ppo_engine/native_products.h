@@ -17,19 +17,23 @@
 /* Most outputs in a share of the work: their part of the weight stays in the second cache. */
 #define SHARE 128
 
+/* The most keys that `attend_rows` has room for. */
+#define MOST_SEEN 256
+
 /* Fewer multiplications are done before other threads have woken up. */
 #define FEW_MULTIPLICATIONS 1048576
 
+/* `count` rows of `width` numbers, `stride` numbers apart. */
 typedef struct {
     const bf16 *numbers;
-    int64_t count, width;
+    int64_t count, width, stride;
 } matrix;
 
 /* The tile's first rows from `first` on; behind the end the last one once more. */
 static inline void rows_from(matrix from, int64_t first, const bf16 *rows[TILE]) {
     for (int i = 0; i < TILE; i++) {
         int64_t row = first + i < from.count ? first + i : from.count - 1;
-        rows[i] = from.numbers + row * from.width;
+        rows[i] = from.numbers + row * from.stride;
     }
 }
 
@@ -51,12 +55,18 @@ static inline void add_products(
         for (int o = 0; o < TILE; o++) {
             __m512bh of_output = (__m512bh)_mm512_maskz_loadu_epi16(there, outputs[o] + k);
             /* Of the next tile; from memory a weight would come too late otherwise. */
-            _mm_prefetch((const char *)(outputs[o] + k + TILE * right.width), _MM_HINT_T0);
+            _mm_prefetch((const char *)(outputs[o] + k + TILE * right.stride), _MM_HINT_T0);
 #pragma GCC unroll 4
             for (int r = 0; r < TILE; r++) {
                 sums[r][o] = _mm512_dpbf16_ps(sums[r][o], of_rows[r], of_output);
             }
         }
+    }
+}
+
+static inline void clear(__m512 sums[TILE][TILE]) {
+    for (int r = 0; r < TILE; r++) {
+        for (int o = 0; o < TILE; o++) sums[r][o] = _mm512_setzero_ps();
     }
 }
 
@@ -120,8 +130,8 @@ void product_bf16(
     const bf16 *x, const bf16 *weight, const bf16 *inner, const bf16 *up, const float *bias,
     const bf16 *onto, float divisor, float *wide, bf16 *narrow, int64_t rows, int64_t outputs,
     int64_t width, int64_t rank) {
-    const matrix left = {x, rows, width}, right = {weight, outputs, width};
-    const matrix low = {inner, rows, rank}, high = {up, outputs, rank};
+    const matrix left = {x, rows, width, width}, right = {weight, outputs, width, width};
+    const matrix low = {inner, rows, rank, rank}, high = {up, outputs, rank, rank};
     const target to = {bias, onto, divisor, wide, narrow};
     /* Whole tiles of outputs, as many to every thread; other work may slow one of them down. */
     int64_t threads = omp_get_max_threads(), tiles = (outputs + TILE - 1) / TILE;
@@ -135,12 +145,97 @@ void product_bf16(
             for (int64_t output = first; output < last; output += TILE) {
                 for (int64_t row = near; row < end; row += TILE) {
                     __m512 sums[TILE][TILE];
-                    for (int r = 0; r < TILE; r++) {
-                        for (int o = 0; o < TILE; o++) sums[r][o] = _mm512_setzero_ps();
-                    }
+                    clear(sums);
                     add_products(sums, left, row, right, output);
                     if (rank) add_products(sums, low, row, high, output);
                     finish(to, all_sums(sums), row, rows, output, outputs);
+                }
+            }
+        }
+    }
+}
+
+/* Softmax of a query's first `seen` scores, into probabilities [room]; the scores are used up. */
+static inline void weigh_keys(float *scores, bf16 *probabilities, int64_t seen, int64_t room) {
+    int64_t whole = (seen + VECTOR - 1) / VECTOR * VECTOR;
+    float top = -INFINITY, total = 0;
+    for (int64_t i = seen; i < whole; i++) scores[i] = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < whole; i++) top = scores[i] > top ? scores[i] : top;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < whole; i++) {
+        scores[i] = exponential(scores[i] - top);
+        total += scores[i];
+    }
+    __m512 share = _mm512_set1_ps(1 / total);
+    for (int64_t i = 0; i < whole; i += VECTOR) {
+        __m512 some = _mm512_mul_ps(share, _mm512_loadu_ps(scores + i));
+        _mm256_storeu_si256((__m256i *)(probabilities + i), (__m256i)_mm512_cvtneps_pbh(some));
+    }
+    memset(probabilities + seen, 0, (room - seen) * sizeof(bf16));
+}
+
+/* Causal attention of sequences [rows, columns], which stand in qkv and in the result from the
+ * token `first` on; all of them also see the first `prefix` tokens.
+ *
+ * qkv [tokens, (queries + 2 · groups) · size], rotated; result [tokens, queries · size]. A sequence
+ * sees at most MOST_SEEN keys; `size` is a multiple of TILE, at most MOST_HEAD_NUMBERS. */
+void attend_rows_bf16(
+    const bf16 *qkv, bf16 *result, float scale, int64_t first, int64_t rows, int64_t columns,
+    int64_t prefix, int64_t queries, int64_t groups, int64_t size) {
+    int64_t stride = (queries + 2 * groups) * size, each = queries / groups;
+    int64_t keys = prefix + columns, room = (keys + 31) / 32 * 32;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t sequence = 0; sequence < rows; sequence++) {
+        for (int64_t group = 0; group < groups; group++) {
+            int64_t start = first + sequence * columns;
+            bf16 near_keys[MOST_SEEN * MOST_HEAD_NUMBERS];
+            bf16 values[MOST_HEAD_NUMBERS * MOST_SEEN]; /* [size, room] */
+            for (int64_t k = 0; k < keys; k++) {
+                int64_t token = k < prefix ? k : start + k - prefix;
+                const bf16 *key = qkv + token * stride + (queries + group) * size;
+                const bf16 *value = key + groups * size;
+                memcpy(near_keys + k * size, key, size * sizeof(bf16));
+                for (int64_t i = 0; i < size; i++) values[i * room + k] = value[i];
+            }
+            for (int64_t i = 0; i < size; i++) {
+                memset(values + i * room + keys, 0, (room - keys) * sizeof(bf16));
+            }
+            const matrix all_keys = {near_keys, keys, size, size};
+            for (int64_t head = group * each; head < (group + 1) * each; head++) {
+                const matrix asking = {qkv + start * stride + head * size, columns, size, stride};
+                bf16 *out = result + (start * queries + head) * size;
+                for (int64_t place = 0; place < columns; place += TILE) {
+                    int64_t here = columns - place < TILE ? columns - place : TILE;
+                    int64_t seen = prefix + place + here, wide = (seen + 31) / 32 * 32;
+                    float scores[TILE][MOST_SEEN + VECTOR];
+                    bf16 probabilities[TILE][MOST_SEEN + VECTOR];
+                    __m512 sums[TILE][TILE];
+                    float found[TILE][TILE];
+                    for (int64_t key = 0; key < seen; key += TILE) {
+                        clear(sums);
+                        add_products(sums, asking, place, all_keys, key);
+                        __m512 some = _mm512_mul_ps(all_sums(sums), _mm512_set1_ps(scale));
+                        _mm512_storeu_ps((float *)found, some);
+                        for (int r = 0; r < TILE; r++) {
+                            memcpy(scores[r] + key, found[r], sizeof found[r]);
+                        }
+                    }
+                    for (int64_t r = 0; r < here; r++) {
+                        weigh_keys(scores[r], probabilities[r], prefix + place + r + 1, wide);
+                    }
+                    const matrix weights = {probabilities[0], here, wide, MOST_SEEN + VECTOR};
+                    const matrix mixed = {values, size, wide, room};
+                    for (int64_t i = 0; i < size; i += TILE) {
+                        clear(sums);
+                        add_products(sums, weights, 0, mixed, i);
+                        _mm512_storeu_ps((float *)found, all_sums(sums));
+                        for (int64_t r = 0; r < here; r++) {
+                            __m128i rounded = (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(found[r]));
+                            _mm_storel_epi64(
+                                (__m128i *)(out + (place + r) * queries * size + i), rounded);
+                        }
+                    }
                 }
             }
         }

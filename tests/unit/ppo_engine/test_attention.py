@@ -8,6 +8,7 @@ import torch
 from ppo_engine.attention import (
     BlockwiseKernel,
     HeadShape,
+    NativeKernel,
     PlainKernel,
     SharedKeys,
     SpanwiseAttention,
@@ -15,6 +16,7 @@ from ppo_engine.attention import (
     is_fused,
     row_ends,
 )
+from ppo_engine.native import product_kernels_for
 from ppo_engine.packing import pack
 
 PREFIX = 4
@@ -84,13 +86,23 @@ def attention_by_definition(packed, qkv):
     return result.flatten(1)
 
 
+WAYS = [
+    (PlainKernel, torch.float32, 1e-5),
+    (BlockwiseKernel, torch.float32, 1e-5),
+    (PlainKernel, torch.bfloat16, BF16_ROUNDING),
+]
+if product_kernels_for(torch.empty(0, dtype=torch.bfloat16)) is not None:
+    WAYS.append((NativeKernel, torch.bfloat16, BF16_ROUNDING))
+"""Kernel, number format, and what it may round by."""
+
+
 @pytest.mark.parametrize("prefix", [0, 16])
-@pytest.mark.parametrize("kind", [PlainKernel, BlockwiseKernel])
-def test_attention_and_its_gradient_are_those_of_the_definition(kind, prefix):
+@pytest.mark.parametrize(("kind", "dtype", "rounding"), WAYS)
+def test_attention_and_its_gradient_are_those_of_the_definition(kind, dtype, rounding, prefix):
     packed = packed_rows(prefix)
     generator = torch.Generator().manual_seed(3)
-    qkv = torch.randn(len(packed.sources), sum(SHAPE.widths), generator=generator)
-    of_result = torch.randn(len(qkv), SHAPE.widths[0], generator=generator)
+    qkv = torch.randn(len(packed.sources), sum(SHAPE.widths), generator=generator).to(dtype)
+    of_result = torch.randn(len(qkv), SHAPE.widths[0], generator=generator).to(dtype)
     of_result[len(qkv) - packed.filler :] = 0
     exact = qkv.double().requires_grad_()
     expected = attention_by_definition(packed, exact)
@@ -101,19 +113,20 @@ def test_attention_and_its_gradient_are_those_of_the_definition(kind, prefix):
     of_qkv = attention.backward(qkv, found, of_result)
 
     assert packed.filler > 0
-    torch.testing.assert_close(found.result.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(of_qkv.double(), of_exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.result.double(), expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(of_qkv.double(), of_exact, rtol=4 * rounding, atol=4 * rounding)
 
 
-def test_what_stands_beside_a_row_changes_no_bit_of_it():
+@pytest.mark.parametrize(("kind", "dtype", "_rounding"), WAYS[1:])
+def test_what_stands_beside_a_row_changes_no_bit_of_it(kind, dtype, _rounding):
     generator = torch.Generator().manual_seed(3)
-    three = torch.randn(3, 40, sum(SHAPE.widths), generator=generator)
+    three = torch.randn(3, 40, sum(SHAPE.widths), generator=generator).to(dtype)
 
     def attended(rows):
         tokens = torch.ones(rows, 40, dtype=torch.bool)
         packed = pack(tokens, tokens, prefix=0)
         qkv = three[:rows].flatten(0, 1)
-        attention = SpanwiseAttention(packed, SHAPE, qkv, BlockwiseKernel)
+        attention = SpanwiseAttention(packed, SHAPE, qkv, kind)
         found = attention.forward(qkv)
         of_qkv = attention.backward(qkv, found, torch.ones_like(found.result))
         return found.result[:40], of_qkv[:40]
@@ -123,16 +136,17 @@ def test_what_stands_beside_a_row_changes_no_bit_of_it():
 
 
 @pytest.mark.parametrize("length", [32, 36, 44, 72, 200])
-def test_a_shared_beginning_changes_no_bit_of_a_row(length):
+@pytest.mark.parametrize(("kind", "dtype", "_rounding"), WAYS[1:])
+def test_a_shared_beginning_changes_no_bit_of_a_row(kind, dtype, _rounding, length):
     """A vector's worth of keys must not end elsewhere, which some CPUs would round differently."""
     generator = torch.Generator().manual_seed(3)
-    row = torch.randn(length, sum(SHAPE.widths), generator=generator)
+    row = torch.randn(length, sum(SHAPE.widths), generator=generator).to(dtype)
     tokens = torch.ones(2, length, dtype=torch.bool)
 
     def attended(prefix):
         packed = pack(tokens, tokens, prefix=prefix)
         qkv = torch.cat([row[:prefix], row[prefix:], row[prefix:]])
-        return SpanwiseAttention(packed, SHAPE, qkv, BlockwiseKernel).forward(qkv).result
+        return SpanwiseAttention(packed, SHAPE, qkv, kind).forward(qkv).result
 
     whole = attended(0)
     for prefix in (4, 16):
