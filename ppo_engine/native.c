@@ -97,6 +97,22 @@ static __attribute__((noinline)) void weigh(
     *spread += all_spread;
 }
 
+/* Makes weights, but for a common factor, of a query's first `seen` scores; the factor. There must
+ * be room for whole vectors of them. */
+static inline float weigh_seen(float *scores, int64_t seen) {
+    int64_t whole = (seen + VECTOR - 1) / VECTOR * VECTOR;
+    float top = -INFINITY, total = 0;
+    for (int64_t i = seen; i < whole; i++) scores[i] = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < whole; i++) top = scores[i] > top ? scores[i] : top;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < whole; i++) {
+        scores[i] = exponential(scores[i] - top);
+        total += scores[i];
+    }
+    return 1 / total;
+}
+
 #define NUMBER float
 #define OF(name) name##_fp32
 #include "native_kernels.h"

@@ -198,19 +198,10 @@ void OF(causal_softmax)(
     for (int64_t row = 0; row < rows; row++) {
         NUMBER *y = scores + row * keys;
         int64_t seen = prefix + row % columns + 1;
-        int64_t whole = (seen + VECTOR - 1) / VECTOR * VECTOR;
-        float held[MOST_KEYS], top = -INFINITY, total = 0;
+        float held[MOST_KEYS];
 #pragma omp simd
         for (int64_t i = 0; i < seen; i++) held[i] = scale * LOAD(y[i]);
-        for (int64_t i = seen; i < whole; i++) held[i] = -INFINITY;
-#pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < whole; i++) top = held[i] > top ? held[i] : top;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < whole; i++) {
-            held[i] = exponential(held[i] - top);
-            total += held[i];
-        }
-        float share = 1 / total;
+        float share = weigh_seen(held, seen);
 #pragma omp simd
         for (int64_t i = 0; i < seen; i++) y[i] = STORE(share * held[i]);
         memset(y + seen, 0, (keys - seen) * sizeof(NUMBER));

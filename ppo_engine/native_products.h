@@ -157,18 +157,8 @@ void product_bf16(
 
 /* Softmax of a query's first `seen` scores, into probabilities [room]; the scores are used up. */
 static inline void weigh_keys(float *scores, bf16 *probabilities, int64_t seen, int64_t room) {
-    int64_t whole = (seen + VECTOR - 1) / VECTOR * VECTOR;
-    float top = -INFINITY, total = 0;
-    for (int64_t i = seen; i < whole; i++) scores[i] = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < whole; i++) top = scores[i] > top ? scores[i] : top;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < whole; i++) {
-        scores[i] = exponential(scores[i] - top);
-        total += scores[i];
-    }
-    __m512 share = _mm512_set1_ps(1 / total);
-    for (int64_t i = 0; i < whole; i += VECTOR) {
+    __m512 share = _mm512_set1_ps(weigh_seen(scores, seen));
+    for (int64_t i = 0; i < seen; i += VECTOR) {
         __m512 some = _mm512_mul_ps(share, _mm512_loadu_ps(scores + i));
         _mm256_storeu_si256((__m256i *)(probabilities + i), (__m256i)_mm512_cvtneps_pbh(some));
     }
