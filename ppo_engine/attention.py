@@ -188,7 +188,7 @@ class SpanwiseAttention:
 
 
 def _kernel_for(span: _Span, shape: HeadShape, like: Tensor) -> type[SpanKernel]:
-    """By number format and by the length of the span's rows alone.
+    """By number format, heads and the length of the span's rows alone.
 
     A row must get the same kernel in every micro-batch.
     """

@@ -83,7 +83,7 @@ class HeadBlock:
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V'], at least fp32."""
-        if self._kernels is not None:
+        if self._kernels is not None and states.dtype == self._weight.dtype:
             return self._kernels.product(
                 states,
                 self._weight,

@@ -180,6 +180,15 @@ def test_bf16_hidden_states_lose_nothing_in_the_head() -> None:
 
 
 @with_and_without_kernels
+def test_states_of_another_format_than_the_weights_are_read_as_what_they_are() -> None:
+    head, states = head_of(dtype=torch.bfloat16), states_of(0, dtype=torch.float32)
+    assert head.bias is not None
+    expected = (states.double() @ head.weight.double().t() + head.bias.double()) / 0.7
+
+    torch.testing.assert_close(head.scores(states).double(), expected, rtol=0, atol=HALF)
+
+
+@with_and_without_kernels
 def test_a_sure_choice_keeps_its_small_gradient_in_bf16() -> None:
     # The others' shares are some 1e-4: far less than bf16 rounds the chosen entry's row by.
     weight = torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(1))
