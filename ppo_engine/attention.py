@@ -26,8 +26,6 @@ _FUSED_HEAD_STEP = 8
 _FUSED_HEAD_LIMIT = 256
 _SHORT_KEYS = 256
 """In bf16 plain products beat the blockwise kernel, which is none in bf16, up to about here."""
-_TILE = 4
-"""Numbers of a head that our kernel takes at once."""
 _KEY_STEP = 16
 """A CPU's vectors of fp32 hold no more; what is left of a row's keys would round differently."""
 
@@ -274,8 +272,22 @@ class PlainKernel:
         return part.permute(0, 2, 3, 1, 4)
 
 
-class NativeKernel(PlainKernel):
-    """A kernel of our own forward, products of matrices backward."""
+class NativeKernel:
+    """Kernels of our own."""
+
+    def __init__(self, span: _Span, shape: HeadShape, like: Tensor) -> None:
+        kernels = product_kernels_for(like)
+        assert kernels is not None  # noqa: S101 - or another kind was chosen
+        self._kernels = kernels
+        start, rows, columns = span.rectangle
+        self._layout = {
+            "first": start,
+            "rows": rows,
+            "columns": columns,
+            "prefix": span.prefix,
+            "queries": shape.queries,
+            "groups": shape.keys,
+        }
 
     @classmethod
     def takes(cls, span: _Span, shape: HeadShape, like: Tensor) -> bool:
@@ -284,24 +296,22 @@ class NativeKernel(PlainKernel):
             product_kernels_for(like) is not None
             and span.keys <= MOST_SEEN
             and shape.size <= MOST_HEAD_NUMBERS
-            and shape.size % _TILE == 0
         )
 
     def forward(self, qkv: Tensor, result: Tensor) -> None:
         """Sets the span's part of `result` [N, queries·d]."""
-        kernels = product_kernels_for(qkv)
-        assert kernels is not None  # noqa: S101 - it takes no other tensors
-        start, rows, columns = self._span.rectangle
-        kernels.attend_rows(
-            qkv,
-            result,
-            first=start,
-            rows=rows,
-            columns=columns,
-            prefix=self._span.prefix,
-            queries=self._shape.queries,
-            groups=self._shape.keys,
-        )
+        self._kernels.attend_rows(qkv, result, **self._layout)
+
+    def backward(
+        self,
+        qkv: Tensor,
+        attended: Attended,  # noqa: ARG002
+        number: int,  # noqa: ARG002
+        of_result: Tensor,
+        of_qkv: Tensor,
+    ) -> None:
+        """Adds the span's part of ∂/∂qkv; the attention weights are made again."""
+        self._kernels.attend_rows_backward(qkv, of_result, of_qkv, **self._layout)
 
 
 class BlockwiseKernel:

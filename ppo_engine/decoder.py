@@ -16,7 +16,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
-from ppo_engine.native import kernels_for
+from ppo_engine.native import (
+    MOST_RANKS,
+    Kernels,
+    LowRank,
+    Part,
+    kernels_for,
+    large_product_kernels_for,
+    product_kernels_for,
+)
 from ppo_engine.packing import Packed
 from ppo_engine.products import product, wide_product
 
@@ -72,11 +80,21 @@ class LinearGroup:
 
         `onto` [N, Σ out] is added to the outputs.
         """
-        base = self.bias if onto is None else onto
-        weight = self.weight.t()
+        weight, bias = self.weight.t(), self.bias
+        if (kernels := adapters.product_kernels(inputs)) is not None:
+            inner = None if adapters.down is None else kernels.product(inputs, adapters.down)
+            result = kernels.large_product(
+                inputs,
+                weight,
+                low_rank=None if inner is None else LowRank(inner, adapters.ups, adapters.parts),
+                bias=None if bias is None else bias.float(),
+                onto=onto,
+            )
+            return result, inner
+        base = bias if onto is None else onto
         result = product(inputs, weight) if base is None else torch.addmm(base, inputs, weight)
-        if onto is not None and self.bias is not None:
-            result += self.bias
+        if onto is not None and bias is not None:
+            result += bias
         if adapters.down is None:
             return result, None
         inner = inputs @ adapters.down.t()
@@ -88,12 +106,23 @@ class LinearGroup:
         self, of_outputs: Tensor, inputs: Tensor, inner: Tensor | None, adapters: "GroupAdapters"
     ) -> tuple[Tensor, list[Tensor]]:
         """∂/∂inputs, and ∂/∂A, ∂/∂(scale·B) of every adapter in turn, fp32."""
-        of_inputs = of_outputs @ self.weight
+        kernels = adapters.product_kernels(inputs)
         if adapters.down is None or inner is None:
-            return of_inputs, []
-        parts = [of_outputs[:, each.columns] @ each.up for each in adapters.additions]
-        of_inner = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        of_inputs.addmm_(of_inner, adapters.down)
+            if kernels is not None:
+                return kernels.large_product(of_outputs, self.weight), []
+            return of_outputs @ self.weight, []
+        of_inner = torch.empty_like(inner)
+        if kernels is not None:
+            for columns, rank, up in adapters.additions:
+                kernels.product(of_outputs[:, columns], up.t(), out=of_inner[:, rank])
+            everything = ((0, inputs.shape[1], 0, len(adapters.down)),)
+            of_inputs = kernels.large_product(
+                of_outputs, self.weight, low_rank=LowRank(of_inner, adapters.down, everything)
+            )
+        else:
+            for columns, rank, up in adapters.additions:
+                torch.mm(of_outputs[:, columns], up, out=of_inner[:, rank])
+            of_inputs = (of_outputs @ self.weight).addmm_(of_inner, adapters.down)
         of_down = _weight_gradient(of_inner, inputs)
         found = []
         for columns, rank, _ in adapters.additions:
@@ -102,9 +131,11 @@ class LinearGroup:
 
 
 def _weight_gradient(of_outputs: Tensor, inputs: Tensor) -> Tensor:
-    """∂/∂W of inputs·Wᵀ in fp32."""
+    """∂/∂W of inputs·Wᵀ in fp32, [out, in]; one of both is narrow."""
     if of_outputs.is_cuda:
         return wide_product(of_outputs.t(), inputs)
+    if (kernels := product_kernels_for(inputs)) is not None:
+        return kernels.gradient(of_outputs, inputs)
     # Wide products of narrow numbers are slow there.
     return (of_outputs.t() @ inputs).float()
 
@@ -125,17 +156,33 @@ class GroupAdapters(NamedTuple):
 
     down: Tensor | None
     """Every A, [Σ r, in]; None without an adapter."""
+    ups: Tensor | None
+    """Every (scale·B)ᵀ, flat; None without an adapter."""
     additions: tuple[Addition, ...]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Where the additions go."""
+        return tuple(
+            (columns.start, columns.stop, rank.start, rank.stop)
+            for columns, rank, _ in self.additions
+        )
+
+    def product_kernels(self, inputs: Tensor) -> Kernels | None:
+        """Those that make the group's large products, if there are any."""
+        if self.down is not None and len(self.down) > MOST_RANKS:
+            return None
+        return large_product_kernels_for(inputs)
 
     def joined(self, width: int) -> "GroupAdapters":
         """The same with one addition to all `width` columns: fewer products, though larger."""
         if self.down is None:
             return self
-        together = self.down.new_zeros(width, len(self.down))
+        ups = self.down.new_zeros(len(self.down), width)
         for columns, rank, up in self.additions:
-            together[columns, rank] = up
-        everything = slice(None)
-        return self._replace(additions=(Addition(everything, everything, together),))
+            ups[rank, columns] = up.t()
+        everything = Addition(slice(0, width), slice(0, len(ups)), ups.t())
+        return self._replace(ups=ups, additions=(everything,))
 
 
 _Adapters = list[tuple[slice, Adapter]]
@@ -146,7 +193,7 @@ def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdap
     """The adapters of many groups, converted at once: each alone is hardly worth its call."""
     adapters = [adapter for group in groups for _, adapter in group]
     if not adapters:
-        return [GroupAdapters(None, ())] * len(groups)
+        return [GroupAdapters(None, None, ())] * len(groups)
     downs = [_room_for(group, dtype) for group in groups]
     rows = [
         part
@@ -154,19 +201,27 @@ def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdap
         if down is not None
         for part in down.split([len(adapter.a) for _, adapter in group])
     ]
-    ups = [torch.empty_like(adapter.b, dtype=dtype) for adapter in adapters]
+    flat = [_flat_room_for(group, dtype) for group in groups]
+    ups = [
+        part.view(adapter.b.shape[::-1]).t()
+        for group, room in zip(groups, flat, strict=True)
+        if room is not None
+        for part, (_, adapter) in zip(
+            room.split([adapter.b.numel() for _, adapter in group]), group, strict=True
+        )
+    ]
     # What optimizers, too, call for many small tensors.
     scaled = torch._foreach_mul([x.b.detach() for x in adapters], [x.scale for x in adapters])  # noqa: SLF001
     torch._foreach_copy_([*rows, *ups], [*(x.a.detach() for x in adapters), *scaled])
     left = iter(ups)
     found = []
-    for group, down in zip(groups, downs, strict=True):
+    for group, down, room in zip(groups, downs, flat, strict=True):
         start, additions = 0, []
         for columns, adapter in group:
             rank = slice(start, start + len(adapter.a))
             additions.append(Addition(columns, rank, next(left)))
             start = rank.stop
-        found.append(GroupAdapters(down, tuple(additions)))
+        found.append(GroupAdapters(down, room, tuple(additions)))
     return found
 
 
@@ -177,6 +232,14 @@ def _room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:
     first = group[0][1].a
     rows = sum(len(adapter.a) for _, adapter in group)
     return torch.empty(rows, first.shape[1], dtype=dtype, device=first.device)
+
+
+def _flat_room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:
+    """For every B of a group."""
+    if not group:
+        return None
+    count = sum(adapter.b.numel() for _, adapter in group)
+    return torch.empty(count, dtype=dtype, device=group[0][1].b.device)
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:

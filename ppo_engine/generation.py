@@ -211,7 +211,7 @@ class _NativeLinear:
         self._up = None
         if adapters.down is not None:
             (addition,) = adapters.joined(len(group.weight)).additions
-            self._up = addition.up
+            self._up = addition.up.contiguous()
 
     def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """[N, Σ out] of [N, in], added to `onto`."""

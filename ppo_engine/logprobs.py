@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.native import Kernels, kernels_for, product_kernels_for
+from ppo_engine.native import (
+    Kernels,
+    kernels_for,
+    large_product_kernels_for,
+    product_kernels_for,
+)
 from ppo_engine.packing import FEWEST_TOKENS
 from ppo_engine.products import PackedWeight, is_packable, product, wide_format, wide_product
 
@@ -65,7 +70,7 @@ class OutputHead:
         """z/τ of hidden states [N, H] -> [N, V], all at once."""
         if states.is_cuda or product_kernels_for(self.weight) is not None:
             whole = HeadBlock(0, self.weight, self.bias, self.temperature)
-            return whole.scores(states)
+            return whole.few_scores(states)
         return torch.cat([block.scores(states) for block in self.blocks], dim=1)
 
 
@@ -83,6 +88,19 @@ class HeadBlock:
 
     def scores(self, states: Tensor) -> Tensor:
         """z/τ of hidden states [N, H] -> [N, V'], at least fp32."""
+        kernels = large_product_kernels_for(states)
+        if kernels is None or states.dtype != self._weight.dtype:
+            return self.few_scores(states)
+        return kernels.large_product(
+            states,
+            self._weight.t(),
+            bias=self._bias,
+            divisor=self._temperature,
+            dtype=torch.float32,
+        )
+
+    def few_scores(self, states: Tensor) -> Tensor:
+        """The same, faster where the weight is worth reading just once: for few states."""
         if self._kernels is not None and states.dtype == self._weight.dtype:
             return self._kernels.product(
                 states,
@@ -100,8 +118,10 @@ class HeadBlock:
         return scores if self._temperature == 1 else scores.div_(self._temperature)
 
     def mixed(self, weights: Tensor) -> Tensor:
-        """Σ_v weight·W_v for weights [N, V'] -> [N, H]; on a CPU in the model's format."""
+        """Σ_v weight·W_v for weights [N, V'] -> [N, H], at least in the model's format."""
         weights = weights.to(self._weight.dtype)
+        if (kernels := large_product_kernels_for(weights)) is not None:
+            return kernels.large_product(weights, self._weight, dtype=torch.float32)
         if weights.is_cuda:
             return wide_product(weights, self._weight)
         return product(weights, self._weight)

@@ -8,17 +8,19 @@ without them, and for other number formats, the callers take PyTorch's operators
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MOST_HEAD_NUMBERS = 256
-"""The longest head that `attend_next` takes."""
+"""The longest head that attention takes."""
 MOST_KEYS = 1024
 """The most keys that `causal_softmax` takes."""
 MOST_SEEN = 256
 """The most keys that `attend_rows` takes."""
+MOST_RANKS = 1536
+"""The most columns of `LowRank.inner`."""
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """By what PyTorch takes the processor to be capable of, best first; others have one for all."""
@@ -35,9 +37,12 @@ _ARGUMENTS = {
     "causal_softmax": (_POINTER, _REAL, *[_COUNT] * 4),
     "take_in": (*[_POINTER] * 7, *[_COUNT] * 3),
     "attend_rows": (*[_POINTER] * 2, _REAL, *[_COUNT] * 7),
-    "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 4),
+    "attend_rows_backward": (*[_POINTER] * 4, _REAL, *[_COUNT] * 7),
+    "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 6),
+    "large_product": (*[_POINTER] * 7, _REAL, *[_POINTER] * 2, *[_COUNT] * 9),
+    "gradient": (*[_POINTER] * 3, *[_COUNT] * 6),
 }
-"""The last two in bf16 alone, where the processor has instructions for it."""
+"""The last five in bf16 alone, where the processor has instructions for it."""
 
 
 def kernels_for(tensor: Tensor) -> "Kernels | None":
@@ -51,6 +56,15 @@ def product_kernels_for(tensor: Tensor) -> "Kernels | None":
     """The kernels for such tensors, if they have `product`."""
     kernels = kernels_for(tensor)
     return kernels if kernels is not None and kernels.has_product else None
+
+
+def large_product_kernels_for(tensor: Tensor) -> "Kernels | None":
+    """The kernels for such tensors, if they have a `large_product` worth taking.
+
+    A processor with AMX makes such products many times as fast, by oneDNN.
+    """
+    has_amx = torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - no public name
+    return None if has_amx else product_kernels_for(tensor)
 
 
 def variant() -> str | None:
@@ -85,6 +99,31 @@ def usable_variants() -> tuple[str, ...]:
     names = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("any",))
     has_bf16 = torch.cpu._is_avx512_bf16_supported()  # noqa: SLF001 - no public name
     return (_BF16_VARIANT, *names) if has_bf16 else names
+
+
+Part = tuple[int, int, int, int]
+"""First and end column of a result, first and end column of the inner values."""
+
+
+class LowRank(NamedTuple):
+    """Products of columns of `inner` with matrices, each onto columns of a result."""
+
+    inner: Tensor
+    """[N, Σ r] bf16."""
+    ups: Tensor | None
+    """The matrices [r, columns] one after the other, bf16."""
+    parts: tuple[Part, ...]
+    """Of each matrix; they follow one upon the other."""
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
+    return torch.tensor(parts, dtype=torch.int64)
+
+
+def _with_whole_rows(matrix: Tensor) -> Tensor:
+    """The same, its rows' numbers side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 class Kernels:
@@ -253,6 +292,38 @@ class Kernels:
             size,
         )
 
+    def attend_rows_backward(
+        self,
+        qkv: Tensor,
+        of_result: Tensor,
+        of_qkv: Tensor,
+        *,
+        first: int,
+        rows: int,
+        columns: int,
+        prefix: int,
+        queries: int,
+        groups: int,
+    ) -> None:
+        """Adds ∂/∂qkv to `of_qkv` [N, (queries + 2·groups)·d]; the rest is as in `attend_rows`."""
+        size = of_result.shape[1] // queries
+        shared = torch.empty(rows, 2 * groups, prefix, size)
+        self._call(
+            "attend_rows_backward",
+            qkv,
+            of_result.contiguous(),
+            of_qkv,
+            shared,
+            size**-0.5,
+            first,
+            rows,
+            columns,
+            prefix,
+            queries,
+            groups,
+            size,
+        )
+
     @property
     def has_product(self) -> bool:
         """Whether there is `product`: in bf16, where the processor has instructions for it."""
@@ -268,18 +339,20 @@ class Kernels:
         onto: Tensor | None = None,
         divisor: float = 1,
         dtype: torch.dtype = torch.bfloat16,
+        out: Tensor | None = None,
     ) -> Tensor:
         """(rows·Wᵀ + inner·Upᵀ + bias + onto)/divisor, [N, out] bf16 or fp32, summed up in fp32.
 
         rows [N, in], W [out, in]; `low_rank` is inner [N, r] and Up [out, r]; the bias [out] is
-        fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.
+        fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.  `out`
+        takes the result, where nothing else is added.
         """
-        result = torch.empty(len(rows), len(weight), dtype=dtype)
+        result = torch.empty(len(rows), len(weight), dtype=dtype) if out is None else out
         inner, up = low_rank or (None, None)
-        is_wide = dtype == torch.float32
+        is_wide, rows = dtype == torch.float32, _with_whole_rows(rows)
         self._call(
             "product",
-            rows.contiguous(),
+            rows,
             weight,
             inner,
             up,
@@ -291,5 +364,73 @@ class Kernels:
             *result.shape,
             rows.shape[1],
             0 if inner is None else inner.shape[1],
+            rows.stride(0),
+            result.stride(0),
+        )
+        return result
+
+    def large_product(
+        self,
+        left: Tensor,
+        right: Tensor,
+        *,
+        low_rank: LowRank | None = None,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+        divisor: float = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """(left·right + the low-rank product + bias + onto)/divisor, [N, M] bf16 or fp32.
+
+        left [N, K] and right [K, M], which may be a transpose; the bias [M] is fp32, `onto` [N, M]
+        bf16; summed up in fp32.  For many rows: there a part of the right factor is brought into
+        order first.  A row's result does not depend on the rows beside it.
+        """
+        is_transposed = right.stride(0) == 1
+        result = torch.empty(len(left), right.shape[1], dtype=dtype)
+        is_wide, left = dtype == torch.float32, _with_whole_rows(left)
+        inner, ups, parts = low_rank or (None, None, ())
+        self._call(
+            "large_product",
+            left,
+            right,
+            inner,
+            ups,
+            _numbers_of(parts) if parts else None,
+            bias,
+            None if onto is None else onto.contiguous(),
+            divisor,
+            result if is_wide else None,
+            None if is_wide else result,
+            *result.shape,
+            left.shape[1],
+            len(parts),
+            left.stride(0),
+            right.stride(1 if is_transposed else 0),
+            0 if inner is None else inner.stride(0),
+            result.stride(0),
+            is_transposed,
+        )
+        return result
+
+    def gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """leftᵀ·right in fp32; [N, r] and [N, M], of which one has few columns.
+
+        There where `product` is.
+        """
+        is_transposed = left.shape[1] > right.shape[1]
+        narrow, wide = (right, left) if is_transposed else (left, right)
+        result = torch.empty(left.shape[1], right.shape[1])
+        self._call(
+            "gradient",
+            narrow,
+            wide,
+            result,
+            len(left),
+            narrow.shape[1],
+            wide.shape[1],
+            narrow.stride(0),
+            wide.stride(0),
+            is_transposed,
         )
         return result

@@ -12,6 +12,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ppo_engine import decoder as decoder_module
 from ppo_engine import native
 from ppo_engine.decoder import Decoder
 from ppo_engine.generation import position_ids
@@ -19,6 +20,8 @@ from ppo_engine.packing import common_prefix, pack
 
 RELATIVE = 1e-5
 """Of the largest element: fp32 sums in another order."""
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+"""Of the largest element: inner values are rounded, too."""
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -53,7 +56,7 @@ MODELS = {
 }
 
 
-def adapted(build, *, targets="all-linear"):
+def adapted(build, *, targets="all-linear", rank=4):
     """A random model with biases, norms and an adapter that all matter."""
     torch.manual_seed(0)
     model = build().eval().requires_grad_(requires_grad=False)
@@ -62,7 +65,7 @@ def adapted(build, *, targets="all-linear"):
             parameter.data += 0.3 * torch.randn_like(parameter)
         elif "embed" not in name:
             parameter.data.normal_(std=0.1)
-    settings = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    settings = LoraConfig(r=rank, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
     peft = get_peft_model(model, settings)
     for parameter in peft.parameters():
         if parameter.requires_grad:
@@ -150,6 +153,60 @@ def test_an_adapter_on_some_layers_only(targets):
     assert_near(found.detach(), expected.detach())
     for ours, theirs in zip(gradients(peft, found), of_expected, strict=True):
         assert_near(ours, theirs)
+
+
+WAYS = {
+    "as it comes": {},
+    "without large products": {"large_product_kernels_for": lambda _: None},
+    "without kernels": {
+        "large_product_kernels_for": lambda _: None,
+        "product_kernels_for": lambda _: None,
+    },
+    "too many ranks for the kernel": {"MOST_RANKS": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@torch.no_grad()
+def test_a_groups_outputs_and_gradients_are_those_of_its_formula(monkeypatch, way, dtype):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(decoder_module, name, value)
+    peft = adapted(MODELS["qwen2"], targets=["q_proj", "v_proj", "o_proj", "down_proj"], rank=3)
+    decoder = Decoder(peft.get_base_model().to(dtype))
+    prepared = zip(decoder.layers, decoder.group_adapters("default"), strict=True)
+    groups = [each for layer, of in prepared for each in zip(layer.groups, of, strict=True)]
+
+    for group, adapters in groups:
+        inputs = torch.randn(40, group.weight.shape[1]).to(dtype)
+        onto = torch.randn(40, len(group.weight)).to(dtype)
+        of_outputs = torch.randn(40, len(group.weight)).to(dtype)
+        exact = inputs.double().requires_grad_()
+        found = group.adapters("default")
+        factors = [
+            each.detach().double().requires_grad_()
+            for _, x in found
+            for each in (x.a, x.scale * x.b)
+        ]
+        with torch.enable_grad():
+            expected = exact @ group.weight.double().t() + onto
+            if group.bias is not None:
+                expected = expected + group.bias.double()
+            for (columns, _), a, b in zip(found, factors[::2], factors[1::2], strict=True):
+                low = exact @ a.t() @ b.t()
+                room = (columns.start, expected.shape[1] - columns.stop)
+                expected = expected + torch.nn.functional.pad(low, room)
+        wanted = torch.autograd.grad(expected, [exact, *factors], of_outputs.double())
+
+        outputs, inner = group.forward(inputs, adapters, onto=onto)
+        of_inputs, gradients = group.backward(of_outputs, inputs, inner, adapters)
+
+        assert outputs.dtype == of_inputs.dtype == dtype
+        assert {each.dtype for each in gradients} <= {torch.float32}
+        pairs = zip([outputs, of_inputs, *gradients], [expected, *wanted], strict=True)
+        for ours, theirs in pairs:
+            apart = (ours.double() - theirs).abs().max()
+            assert apart <= ROUNDING[dtype] * theirs.abs().max()
 
 
 def test_layers_below_the_lowest_adapter_need_no_backward_pass():

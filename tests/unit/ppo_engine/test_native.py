@@ -258,6 +258,140 @@ def test_a_products_row_does_not_depend_on_those_beside_it(products):
     assert torch.equal(some, together[:, 130:133])
 
 
+def test_product_of_rows_that_stand_apart(products):
+    """Of columns of a matrix, into columns of another; many rows and few outputs."""
+    x, weight = drawn(torch.bfloat16, 150, 100), drawn(torch.bfloat16, 6, 40, seed=1)
+    result = drawn(torch.bfloat16, 150, 20, seed=2)
+    before = result.clone()
+
+    products.product(x[:, 30:70], weight, out=result[:, 7:13])
+
+    expected = x[:, 30:70].double() @ weight.double().t()
+    assert_near(result[:, 7:13], expected, torch.bfloat16)
+    assert torch.equal(result[:, :7], before[:, :7])
+    assert torch.equal(result[:, 13:], before[:, 13:])
+
+
+LARGE = [(1, 3, 2), (4, 33, 7), (13, 96, 575), (40, 131, 64), (7, 45, 3101), (2050, 17, 31)]
+"""Rows, columns, depth: tails of tiles and panels, sums in parts, rows in several shares."""
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "depth"), LARGE)
+def test_large_product_with_all_that_may_be_added(products, rows, columns, depth, is_transposed):
+    left, right = drawn(torch.bfloat16, rows, depth), drawn(torch.bfloat16, depth, columns, seed=1)
+    bias, onto = drawn(torch.float32, columns, seed=2), drawn(torch.bfloat16, rows, columns, seed=3)
+    inner = drawn(torch.bfloat16, rows, 9, seed=4)
+    first, second = columns // 3, columns // 2
+    ups = [drawn(torch.bfloat16, 4, first, seed=5), drawn(torch.bfloat16, 3, columns - second)]
+    parts = ((0, first, 0, 4), (second, columns, 5, 8))
+    base = left.double() @ right.double()
+    low = torch.zeros_like(base)
+    low[:, :first] = inner[:, :4].double() @ ups[0].double()
+    low[:, second:] = inner[:, 5:8].double() @ ups[1].double()
+    factor = right.t().contiguous().t() if is_transposed else right
+    low_rank = native.LowRank(inner, torch.cat([up.flatten() for up in ups]), parts)
+
+    wide = products.large_product(left, factor, dtype=torch.float32)
+    scaled = products.large_product(left, factor, bias=bias, divisor=0.7, dtype=torch.float32)
+    lifted = products.large_product(left, factor, low_rank=low_rank, dtype=torch.float32)
+    narrow = products.large_product(left, factor, low_rank=low_rank, bias=bias, onto=onto)
+
+    assert_near(wide, base, torch.float32)
+    assert_near(scaled, (base + bias) / 0.7, torch.float32)
+    assert_near(lifted, base + low, torch.float32)
+    assert_near(narrow, base + low + bias + onto, torch.bfloat16)
+
+
+def test_large_product_of_rows_that_stand_apart(products):
+    x, right = drawn(torch.bfloat16, 50, 100), drawn(torch.bfloat16, 40, 70, seed=1)
+    expected = x[:, 30:70].double() @ right.double()
+    found = products.large_product(x[:, 30:70], right, dtype=torch.float32)
+    assert_near(found, expected, torch.float32)
+    by_column = x[:, 30:70].t().contiguous().t()
+    assert torch.equal(products.large_product(by_column, right, dtype=torch.float32), found)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_large_product_reads_nothing_beside_its_factors(products, is_transposed):
+    left, right = (torch.full((n, 50), torch.nan, dtype=torch.bfloat16) for n in (13, 50))
+    left[:, :7], right[:7, :5] = drawn(torch.bfloat16, 13, 7), drawn(torch.bfloat16, 7, 5, seed=1)
+    factor = (right.t().contiguous().t() if is_transposed else right)[:7, :5]
+    found = products.large_product(left[:, :7], factor, dtype=torch.float32)
+    assert_near(found, left[:, :7].double() @ right[:7, :5].double(), torch.float32)
+
+
+def test_a_large_products_row_does_not_depend_on_those_beside_it(products):
+    left, right = drawn(torch.bfloat16, 1100, 100), drawn(torch.bfloat16, 100, 700, seed=1)
+    together = products.large_product(left, right, dtype=torch.float32)
+    for part in (slice(3, 4), slice(17, 43), slice(900, 1010)):
+        alone = products.large_product(left[part], right, dtype=torch.float32)
+        assert torch.equal(alone, together[part])
+    turned = products.large_product(left, right.t().contiguous().t(), dtype=torch.float32)
+    assert torch.equal(turned, together)
+
+
+@pytest.mark.parametrize(("rows", "narrow", "wide"), [(1, 1, 1), (41, 19, 130), (1101, 16, 64)])
+def test_gradient_of_a_narrow_layer(products, rows, narrow, wide):
+    left = drawn(torch.bfloat16, rows, narrow + 5)[:, 3 : narrow + 3]
+    right = drawn(torch.bfloat16, rows, wide + 5, seed=1)[:, 2 : wide + 2]
+    expected = left.double().t() @ right.double()
+    assert_near(products.gradient(left, right), expected, torch.float32)
+    assert_near(products.gradient(right, left), expected.t(), torch.float32)
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 100])
+@pytest.mark.parametrize(("columns", "size"), [(1, 8), (14, 40), (61, 100), (150, 24)])
+def test_attention_of_rows_and_its_gradient(products, prefix, columns, size):
+    rows, groups, each = 3, 2, 3
+    queries, tokens = groups * each, 7 + max(prefix, 100) + rows * columns
+    first = tokens - rows * columns
+    qkv = 2 * drawn(torch.bfloat16, tokens, (queries + 2 * groups) * size)
+    of_result = drawn(torch.bfloat16, tokens, queries * size, seed=1)
+    exact = qkv.double().requires_grad_()
+    heads = exact.view(tokens, -1, size).transpose(0, 1)
+    rotated, keys, values = heads.split([queries, groups, groups])
+    seen = torch.ones(columns, prefix + columns, dtype=torch.bool).tril(diagonal=prefix)
+    expected = []
+    for start in range(first, tokens, columns):
+        own = slice(start, start + columns)
+        near = [torch.cat([x[:, :prefix], x[:, own]], dim=1) for x in (keys, values)]
+        k, v = (x.repeat_interleave(each, dim=0) for x in near)
+        scores = rotated[:, own] @ k.transpose(1, 2) / size**0.5
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=2)
+        expected.append((weights @ v).transpose(0, 1).flatten(1))
+    wanted = torch.cat(expected)
+    (gradient,) = torch.autograd.grad(wanted, exact, of_result[first:].double())
+    layout = {
+        "first": first,
+        "rows": rows,
+        "columns": columns,
+        "prefix": prefix,
+        "queries": queries,
+        "groups": groups,
+    }
+    result = torch.full((tokens, queries * size), 7.0, dtype=torch.bfloat16)
+    before = drawn(torch.bfloat16, *qkv.shape, seed=2)
+    of_qkv = before.clone()
+
+    products.attend_rows(qkv, result, **layout)
+    products.attend_rows_backward(qkv, of_result, of_qkv, **layout)
+
+    assert_near(result[first:], wanted.detach(), torch.bfloat16)
+    assert (result[:first] == 7).all()
+    # Weights and their gradients are rounded before they are added up.
+    apart = (of_qkv.double() - before.double() - gradient).abs().max()
+    assert apart <= 3 * TOLERANCES[torch.bfloat16] * gradient.abs().max()
+
+
+def test_a_processor_with_amx_makes_large_products_itself(products, monkeypatch):
+    tensor = torch.empty(0, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert native.large_product_kernels_for(tensor) is None
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert native.large_product_kernels_for(tensor) is products
+
+
 def test_the_best_variant_is_taken():
     assert native.variant() == native.usable_variants()[0]
 
