@@ -8,8 +8,9 @@
   early;
 - memory over many steps with responses of all lengths: to stay level.
 
-`--layers` takes only so many of the model's layers, which changes none of these ratios and makes
-them quick to measure.  Ratios hold within one run; medians of the steps after the first.
+`--layers` takes only so many of the model's layers, which is quick, but the head then weighs more.
+Sizes take turns, a step each, and ratios are those within a round, as a machine's speed changes
+from minute to minute; medians of the rounds after the first.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -44,7 +45,9 @@ ROWS = (8, 32, 128, 256)
 STOP_EVERY = 30
 """Of the vocabulary's entries one in so many ends a response of the memory curve."""
 SMALL = 8
-"""Micro-batch, and rows and response tokens where they are not what varies."""
+"""Micro-batch, and rows where they are not what varies."""
+ROUNDS = 7
+"""That count."""
 
 
 def loaded(model: Path, *, layers: int, precision: str) -> BaseModel:
@@ -56,8 +59,20 @@ def loaded(model: Path, *, layers: int, precision: str) -> BaseModel:
     return dataclasses.replace(base, stop_ids=(len(base.tokenizer),))
 
 
+def settings_of(base: BaseModel, **changed: Any) -> TrainConfig:
+    """Those of `step_config.json` but for some."""
+    settings = json.loads((HERE / "step_config.json").read_text())
+    precision = "fp32" if base.model.dtype is torch.float32 else "bf16"
+    return TrainConfig.from_dict(settings | {"epochs": 1, "precision": precision} | changed)
+
+
+def policy_of(base: BaseModel) -> Policy:
+    """With a fresh adapter."""
+    return Policy(base, settings_of(base).lora, temperature=1.0, seed=0)
+
+
 def trainer_of(
-    base: BaseModel,
+    policy: Policy,
     *,
     rows: int,
     response_tokens: int,
@@ -65,24 +80,20 @@ def trainer_of(
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> Trainer:
     """A run on random prompts without a common beginning."""
-    settings = json.loads((HERE / "step_config.json").read_text())
-    settings |= {
-        "batch_size": rows,
-        "minibatches": max(1, rows // SMALL),
-        "epochs": 1,
-        "micro_batch_size": SMALL,
-        "max_response_tokens": response_tokens,
-        "total_steps": steps,
-        "precision": "fp32" if base.model.dtype is torch.float32 else "bf16",
-    }
-    config = TrainConfig.from_dict(settings)
+    config = settings_of(
+        policy.base,
+        batch_size=rows,
+        minibatches=max(1, rows // SMALL),
+        micro_batch_size=SMALL,
+        max_response_tokens=response_tokens,
+        total_steps=steps,
+    )
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1000, 40_000, (rows, prompt_tokens), generator=generator)
     prompt = Prompt(messages=({"role": "user", "content": "-"},), item={})
     prompts = [
         EncodedPrompt(prompt=prompt, line=1, token_ids=tuple(each)) for each in words.tolist()
     ]
-    policy = Policy(base, config.lora, temperature=1.0, seed=0)
     return Trainer(policy, ResponseLength(), prompts, config, seed=0)
 
 
@@ -116,17 +127,45 @@ class AttentionClock:
         return timed
 
 
-def seconds_per_token(
-    base: BaseModel, clock: AttentionClock, *, rows: int, response_tokens: int
-) -> dict[str, float]:
-    """Of sampling and of learning, with and without attention, medians of four steps.
+@torch.no_grad()
+def refresh(policy: Policy) -> None:
+    """Makes the adapter one that changes nothing, as the first step of a run wants it to be."""
+    for name, parameter in policy.adapter_parameters().items():
+        if "lora_B" in name:
+            parameter.zero_()
 
-    Prompts are as long as responses: those take the output head, too, so their share must stay.
+
+class Size(NamedTuple):
+    """Of a step."""
+
+    rows: int
+    response_tokens: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens: prompts are as long as responses.
+
+        Those take the output head, too, so their share must stay.
+        """
+        return 2 * self.rows * self.response_tokens
+
+
+def growth(policy: Policy, clock: AttentionClock, sizes: Sequence[Size]) -> list[dict[str, float]]:
+    """Seconds per token of each size, relative to the first one's.
+
+    Of sampling and of learning, with and without attention.
     """
-    trainer = trainer_of(
-        base, rows=rows, response_tokens=response_tokens, steps=5, prompt_tokens=response_tokens
-    )
-    seconds: dict[str, list[float]] = {}
+    runs = [
+        trainer_of(
+            policy,
+            rows=size.rows,
+            response_tokens=size.response_tokens,
+            prompt_tokens=size.response_tokens,
+            steps=ROUNDS + 1,
+        ).steps()
+        for size in sizes
+    ]
+    seconds: dict[str, float] = {}
 
     def note(phase: str, action: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -134,24 +173,33 @@ def seconds_per_token(
             start = time.perf_counter()
             result = action(*arguments, **options)
             took = time.perf_counter() - start
-            seconds.setdefault(phase, []).append(took)
-            seconds.setdefault(f"{phase}, no attention", []).append(took - clock.read())
+            seconds[phase] = took
+            seconds[f"{phase}, no attention"] = took - clock.read()
             return result
 
         return timed
 
+    ratios: list[dict[str, list[float]]] = [{} for _ in sizes]
     with (
         mock.patch.object(Sampler, "sample", note("sample", Sampler.sample)),
         mock.patch.object(Updater, "learn", note("learn", Updater.learn)),
     ):
-        list(trainer.steps())
-    computed = rows * 2 * response_tokens
-    return {phase: statistics.median(taken[1:]) / computed for phase, taken in seconds.items()}
+        for number in range(ROUNDS + 1):
+            first: dict[str, float] = {}
+            for size, run, found in zip(sizes, runs, ratios, strict=True):
+                refresh(policy)
+                next(run)
+                per_token = {phase: took / size.computed for phase, took in seconds.items()}
+                first = first or per_token
+                for phase, each in per_token.items():
+                    if number:
+                        found.setdefault(phase, []).append(each / first[phase])
+    return [{phase: statistics.median(each) for phase, each in found.items()} for found in ratios]
 
 
-def filler_share(base: BaseModel) -> float:
+def filler_share(policy: Policy) -> float:
     """Filler among the tokens computed in an epoch when a third of the rows stop early."""
-    trainer = trainer_of(base, rows=48, response_tokens=48, steps=1)
+    trainer = trainer_of(policy, rows=48, response_tokens=48, steps=1)
     sampler = Sampler(policy=trainer.policy, max_response_tokens=48)
     samples = sampler.sample(trainer.prompts.next_batch(48), torch.Generator().manual_seed(0))
     mask = samples.response_mask.clone()
@@ -183,17 +231,16 @@ def memory_over(base: BaseModel, steps: int) -> list[float]:
     """Peak memory after each step, MiB."""
     stops = tuple(range(0, len(base.tokenizer), STOP_EVERY))
     base = dataclasses.replace(base, stop_ids=stops)
-    trainer = trainer_of(base, rows=2 * SMALL, response_tokens=64, steps=steps)
+    trainer = trainer_of(policy_of(base), rows=2 * SMALL, response_tokens=64, steps=steps)
     return [(r.values["peak_memory_bytes"] or 0.0) / 2**20 for r in trainer.steps()]
 
 
-def report(name: str, found: Mapping[Any, Mapping[str, float]]) -> None:
-    """A table of seconds per token, each relative to the first line."""
-    first = next(iter(found.values()))
-    print(f"\n| {name} | {' | '.join(first)} |\n|{'---|' * (1 + len(first))}")
-    for size, each in found.items():
-        shares = (f"{each[phase] / first[phase]:.2f}" for phase in first)
-        print(f"| {size} | {' | '.join(shares)} |", flush=True)
+def report(name: str, counts: Sequence[int], found: Sequence[Mapping[str, float]]) -> None:
+    """A table."""
+    print(f"\n| {name} | {' | '.join(found[0])} |\n|{'---|' * (1 + len(found[0]))}")
+    for count, each in zip(counts, found, strict=True):
+        shares = (f"{share:.2f}" for share in each.values())
+        print(f"| {count} | {' | '.join(shares)} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -219,19 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"after {len(curve)} steps {curve[-1]:.0f} MiB",
         flush=True,
     )
-    clock = AttentionClock()
-    report(
-        "response tokens (8 rows)",
-        {
-            count: seconds_per_token(base, clock, rows=SMALL, response_tokens=count)
-            for count in RESPONSE_TOKENS
-        },
-    )
-    report(
-        "rows (16 response tokens)",
-        {count: seconds_per_token(base, clock, rows=count, response_tokens=16) for count in ROWS},
-    )
-    print(f"\nfiller with a third stopping early: {filler_share(base):.1%} of the update's tokens")
+    clock, policy = AttentionClock(), policy_of(base)
+    by_tokens = [Size(SMALL, count) for count in RESPONSE_TOKENS]
+    report("response tokens (8 rows)", RESPONSE_TOKENS, growth(policy, clock, by_tokens))
+    by_rows = [Size(count, 16) for count in ROWS]
+    report("rows (16 response tokens)", ROWS, growth(policy, clock, by_rows))
+    filler = filler_share(policy)
+    print(f"\nfiller with a third stopping early: {filler:.1%} of the update's tokens")
     return 0
 
 

@@ -1,6 +1,6 @@
-/* Products in bf16, summed up in fp32, of rows with a weight as models hold it, [outputs, width]:
- * nothing is packed or copied. Included by native.c for processors with AVX512-BF16, whose
- * instruction takes numbers below 2^-126 for 0.
+/* Products in bf16, summed up in fp32, and what is made of them; weights are read as models hold them,
+ * [outputs, width], and no copy of them is kept. Included by native.c for processors with AVX512-BF16,
+ * whose instruction takes numbers below 2^-126 for 0.
  *
  * A row's result does not depend on the rows beside it.
  */
@@ -17,15 +17,18 @@
 /* Most outputs in a share of the work: their part of the weight stays in the second cache. */
 #define SHARE 128
 
-/* Rows whose sums with PANEL columns are held in registers at once, and rows, pairs of columns and
- * numbers of a sum that a panel is good for. */
+/* Rows whose sums with the columns of a panel are held in registers at once. */
 #define HIGHEST 12
 #define PANEL 32
-#define PANELS 2
+
+/* Most rows that meet a panel, and its greatest depth; it stays in the second cache. */
 #define MANY_ROWS 1008
+#define DEEPEST 1536
+
+/* Numbers, and rows, by which those for a panel are asked for ahead: from memory they would come too
+ * late otherwise. */
 #define AHEAD 128
 #define ROWS_AHEAD 16
-#define DEEPEST 1536
 
 /* So few outputs are not shared among threads. */
 #define FEW_OUTPUTS 64
@@ -429,38 +432,31 @@ void large_product_bf16(
     int64_t row_shares = (rows + MANY_ROWS - 1) / MANY_ROWS;
     int64_t some_rows = ((rows + row_shares - 1) / row_shares + HIGHEST - 1) / HIGHEST * HIGHEST;
 #pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t column = 0; column < columns; column += PANELS * PANEL) {
+    for (int64_t column = 0; column < columns; column += PANEL) {
         for (int64_t near = 0; near < rows; near += some_rows) {
-            __m512i panel[PANELS][DEEPEST], low_panel[PANELS][DEEPEST];
-            float sums[PANELS][MANY_ROWS * PANEL];
-            int64_t low_depth[PANELS] = {0}, first_rank[PANELS] = {0};
+            __m512i panel[DEEPEST], low_panel[DEEPEST];
+            float sums[MANY_ROWS * PANEL];
             int64_t here = rows - near < some_rows ? rows - near : some_rows;
-            int64_t last = columns - column < PANELS * PANEL ? columns : column + PANELS * PANEL;
             for (int64_t first = 0; first < depth; first += DEEPEST) {
                 int64_t deep = depth - first < DEEPEST ? depth - first : DEEPEST;
+                int64_t low_depth = 0, first_rank = 0;
                 int is_last = first + deep == depth;
-                for (int64_t p = 0; column + p * PANEL < last; p++) {
-                    pack(panel[p], from, column + p * PANEL, first, deep);
-                    if (is_last) {
-                        low_depth[p] = pack_parts(
-                            low_panel[p], low, (const part *)parts, count, column + p * PANEL,
-                            &first_rank[p]);
-                    }
+                pack(panel, from, column, first, deep);
+                if (is_last) {
+                    low_depth = pack_parts(
+                        low_panel, low, (const part *)parts, count, column, &first_rank);
                 }
                 for (int64_t row = 0; row < here;) {
-                    int64_t taken = 0, place = near + row;
-                    for (int64_t p = 0; column + p * PANEL < last; p++) {
-                        float *held = sums[p] + row * PANEL;
-                        tile of = {
-                            here - row,
-                            {left + place * left_stride + first, left_stride, deep, panel[p]},
-                            {inner + place * inner_stride + first_rank[p], inner_stride,
-                             low_depth[p], low_panel[p]},
-                            first ? held : NULL,
-                            is_last ? NULL : held};
-                        taken = multiply_some(of, to, place, column + p * PANEL, columns);
-                    }
-                    row += taken;
+                    int64_t place = near + row;
+                    float *held = sums + row * PANEL;
+                    tile of = {
+                        here - row,
+                        {left + place * left_stride + first, left_stride, deep, panel},
+                        {inner + place * inner_stride + first_rank, inner_stride, low_depth,
+                         low_panel},
+                        first ? held : NULL,
+                        is_last ? NULL : held};
+                    row += multiply_some(of, to, place, column, columns);
                 }
             }
         }
