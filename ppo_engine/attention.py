@@ -185,10 +185,19 @@ class SpanwiseAttention:
         return of_qkv
 
 
+def depends_on_beginning(like: Tensor, longest: int) -> bool:
+    """Whether a row's last bits may depend on how long a beginning its micro-batch shares.
+
+    With rows of up to `longest` tokens, in tensors such as `like`: a beginning is attended to as a
+    row of its own, and the length of a row decides on its kernel.
+    """
+    return like.device.type == "cpu" and like.dtype == torch.bfloat16 and longest > _SHORT_KEYS
+
+
 def _kernel_for(span: _Span, shape: HeadShape, like: Tensor) -> type[SpanKernel]:
     """By number format, heads and the length of the span's rows alone.
 
-    A row must get the same kernel in every micro-batch.
+    A row must get the same kernel in every micro-batch; see `depends_on_beginning`.
     """
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.bfloat16):
         return PlainKernel

@@ -32,7 +32,8 @@ class Layout:
     - Padded rows (models that our decoder does not know): always the same [size, P+T], filled up
       with the first row.
     - Packed rows where products round a row the same whatever stands beside it, as they do in fp32:
-      rows of like length together, as many as fit the tokens of `size` longest rows.
+      rows of like length together, as many as fit the tokens of `size` longest rows; all share the
+      same beginning where attention minds.
     - Packed rows elsewhere: `size` rows at a time, of one shape: the beginning that all rows of the
       rollout share once, and filled up to what the longest rows take.
     """
@@ -42,7 +43,11 @@ class Layout:
         self._packs = policy.packs
         lengths = samples.attention_mask.sum(dim=1).tolist()
         self._lengths = torch.tensor([filled_length(length) for length in lengths])
-        self._shape = self._common_shape(samples) if policy.rounds_by_shape else None
+        self._shape = self._beginning = None
+        if policy.rounds_by_shape:
+            self._shape = self._common_shape(samples)
+        elif policy.rounds_by_beginning(max(lengths)):
+            self._beginning = CommonShape(tokens=0, prefix=_common_prefix(samples))
 
     def micro_batches(self, rows: Tensor) -> list[MicroBatch]:
         """The numbered rows, each once."""
@@ -59,13 +64,18 @@ class Layout:
                 ends.append(place)
                 tokens = 0
             tokens += length
-        return [_real(part) for part in rows[order.to(rows.device)].tensor_split(ends)]
+        parts = rows[order.to(rows.device)].tensor_split(ends)
+        return [_real(part, self._beginning) for part in parts]
 
     def _common_shape(self, samples: Samples) -> CommonShape:
-        read = read_states(samples.response_mask, samples.tokens)
-        prefix = common_prefix(samples.tokens, samples.attention_mask, read)
+        prefix = _common_prefix(samples)
         longest = self._lengths.sort(descending=True).values[: self._size]
         return CommonShape(prefix + int((longest - prefix).sum()), prefix)
+
+
+def _common_prefix(samples: Samples) -> int:
+    read = read_states(samples.response_mask, samples.tokens)
+    return common_prefix(samples.tokens, samples.attention_mask, read)
 
 
 def _real(rows: Tensor, shape: CommonShape | None = None) -> MicroBatch:

@@ -428,6 +428,7 @@ void large_product_bf16(
     int64_t inner_stride, int64_t result_stride, int64_t is_transposed) {
     const factor from = {right, depth, columns, right_stride, is_transposed != 0};
     const target to = {bias, onto, divisor, wide, narrow, result_stride};
+    if (rows == 0) return;
     /* As many rows in every share, in whole tiles. */
     int64_t row_shares = (rows + MANY_ROWS - 1) / MANY_ROWS;
     int64_t some_rows = ((rows + row_shares - 1) / row_shares + HIGHEST - 1) / HIGHEST * HIGHEST;

@@ -35,10 +35,10 @@ class Rectangle(NamedTuple):
 
 
 class CommonShape(NamedTuple):
-    """What every micro-batch of a rollout is brought to where products round by their shape."""
+    """What every micro-batch of a rollout is brought to where products or attention mind."""
 
     tokens: int
-    """Of the flat sequence, the beginning and filler included."""
+    """Of the flat sequence, the beginning and filler included; at least so many."""
     prefix: int
     """Leading tokens that all rows of the rollout share."""
 

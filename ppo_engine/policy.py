@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ppo_engine.attention import depends_on_beginning
 from ppo_engine.config import Critic, LoraConfig
 from ppo_engine.decoder import Decoder
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
@@ -169,6 +170,13 @@ class CausalPolicy:
         if self.device.type != "cpu":
             return True
         return row_depends_on_others([group.weight for group in self._decoder.layers[0].groups])
+
+    def rounds_by_beginning(self, longest: int) -> bool:
+        """Whether a row's last bits may depend on how long a beginning its micro-batch shares.
+
+        With rows of up to `longest` tokens.
+        """
+        return self._decoder is not None and depends_on_beginning(self._decoder.norm, longest)
 
     def _attention(self, attention_mask: Tensor, queries: int) -> Tensor:
         """What the model takes as its mask; [B, S] in.

@@ -8,8 +8,9 @@ import torch
 from ppo_engine.layout import Layout
 from ppo_engine.packing import CommonShape, pack
 from ppo_engine.policy import read_states
-from ppo_engine.prompts import PromptStream
+from ppo_engine.prompts import EncodedPrompt, PromptStream
 from ppo_engine.rollout import Samples
+from ppo_engine.rows import Prompt
 from tests.tiny_run import tiny_config, tiny_prompts, tiny_trainer
 
 BEGINNING = 21
@@ -72,6 +73,28 @@ def test_the_first_ratio_is_exactly_one_in_bf16_too(tiny_model, micro_batch_size
     trainer = tiny_trainer(tiny_model, config)
     questions = ("Tell me what rain is", "Tell me what a sea is", "Tell me why")
     trainer.prompts = PromptStream(tiny_prompts(trainer.policy.base, questions), seed=0)
+
+    for report in trainer.steps():
+        first = report.passes[0].values
+        assert (first["ratio_min"], first["ratio_max"]) == (1.0, 1.0)
+
+
+def test_the_first_ratio_is_exactly_one_in_bf16_where_rows_are_long(tiny_model):
+    """Long rows take another kernel than short ones and beginnings."""
+    config = tiny_config(precision="bf16", micro_batch_size=2, minibatches=2)
+    trainer = tiny_trainer(tiny_model, config)
+    ids = torch.randint(10, 200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [
+        EncodedPrompt(
+            prompt=Prompt(messages=(), item={}),
+            line=number,
+            token_ids=(*ids[:shared], *reversed(ids[shared:length])),
+        )
+        for number, (shared, length) in enumerate(
+            [(300, 310), (300, 320), (100, 300), (100, 280), (40, 290), (40, 200)], start=1
+        )
+    ]
+    trainer.prompts = PromptStream(prompts, seed=0)
 
     for report in trainer.steps():
         first = report.passes[0].values

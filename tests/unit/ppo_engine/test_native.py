@@ -303,6 +303,11 @@ def test_large_product_with_all_that_may_be_added(products, rows, columns, depth
     assert_near(narrow, base + low + bias + onto, torch.bfloat16)
 
 
+def test_a_large_product_of_no_rows(products):
+    nothing, right = drawn(torch.bfloat16, 0, 8), drawn(torch.bfloat16, 8, 40)
+    assert products.large_product(nothing, right).shape == (0, 40)
+
+
 def test_large_product_of_rows_that_stand_apart(products):
     x, right = drawn(torch.bfloat16, 50, 100), drawn(torch.bfloat16, 40, 70, seed=1)
     expected = x[:, 30:70].double() @ right.double()
