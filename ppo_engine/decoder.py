@@ -360,7 +360,15 @@ class Decoder:
 
     def group_adapters(self, name: str | None) -> list[list[GroupAdapters]]:
         """Of each layer's groups."""
-        prepared = iter(_prepared([each.adapters(name) for each in self._groups], self.dtype))
+        return self._prepared(self._adapters(name))
+
+    def _adapters(self, name: str | None) -> list[_Adapters]:
+        """Of each group."""
+        return [group.adapters(name) for group in self._groups]
+
+    def _prepared(self, adapters: list[_Adapters]) -> list[list[GroupAdapters]]:
+        """Of each layer's groups."""
+        prepared = iter(_prepared(adapters, self.dtype))
         return [[next(prepared) for _ in layer.groups] for layer in self.layers]
 
     def states(
@@ -378,14 +386,12 @@ class Decoder:
         saves the layers that no adapter touches: see `boundary`.  `collected` takes every layer's
         queries, keys and values, [N, (heads + 2·kv)·d].
         """
+        adapters = self._adapters(adapter)
         parameters = [
-            weight
-            for group in self._groups
-            for _, each in group.adapters(adapter)
-            for weight in (each.a, each.b)
+            weight for group in adapters for _, each in group for weight in (each.a, each.b)
         ]
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        work = self._work(packed, adapter, collected)
+        work = self._work(packed, adapters, collected)
         kept: list[_Kept] | None = [] if is_trained else None
         if boundary is None:
             first, hidden = 0, self.embedded(tokens.flatten()[packed.sources])
@@ -401,20 +407,22 @@ class Decoder:
         It is the same with every adapter and before and after every pass, so once per rollout is
         enough.
         """
-        work = self._work(packed, None, None)
+        work = self._work(packed, self._adapters(None), None)
         hidden = self.embedded(tokens.flatten()[packed.sources])
         for number in range(self.lowest_adapted):
             hidden = _forward_layer(work, number, hidden, None, is_last=False)
         return packed.unpacked(hidden, tokens.shape)
 
-    def _work(self, packed: Packed, adapter: str | None, collected: list[Tensor] | None) -> "_Work":
+    def _work(
+        self, packed: Packed, adapters: list[_Adapters], collected: list[Tensor] | None
+    ) -> "_Work":
         return _Work(
             decoder=self,
             packed=packed,
             rotation=self.rotation(packed.positions),
             attention=attention_over(packed, self.shape, self.norm),
-            adapters=self.group_adapters(adapter),
-            scales=[each.scale for group in self._groups for _, each in group.adapters(adapter)],
+            adapters=self._prepared(adapters),
+            scales=[each.scale for group in adapters for _, each in group],
             collected=collected,
         )
 

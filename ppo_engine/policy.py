@@ -224,6 +224,7 @@ class Policy(CausalPolicy):
         critic: Critic | None = Critic.SHARED_HEAD,
     ) -> None:
         self._critic = critic
+        self._adapters: dict[str, dict[str, nn.Parameter]] = {}
         self._reference: str | None = None
         """The frozen reference's adapter; None is the bare base."""
         settings = _peft_config(lora, base.model)
@@ -269,11 +270,14 @@ class Policy(CausalPolicy):
         return head | self._lora_parameters(_CRITIC)
 
     def _lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if "lora_" in name and f".{adapter}." in name
-        }
+        """An adapter's weights by name; looked up once, as a walk over all modules takes long."""
+        if adapter not in self._adapters:
+            self._adapters[adapter] = {
+                name: parameter
+                for name, parameter in self.model.named_parameters()
+                if "lora_" in name and f".{adapter}." in name
+            }
+        return self._adapters[adapter]
 
     def hold_to_present_adapter(self) -> None:
         """From now on the frozen reference is the policy as it stands, not the bare base."""
