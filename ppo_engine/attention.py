@@ -15,6 +15,7 @@ from ppo_engine.native import (
     MOST_HEAD_NUMBERS,
     MOST_KEYS,
     MOST_SEEN,
+    Sequences,
     kernels_for,
     product_kernels_for,
 )
@@ -288,15 +289,7 @@ class NativeKernel:
         kernels = product_kernels_for(like)
         assert kernels is not None  # noqa: S101 - or another kind was chosen
         self._kernels = kernels
-        start, rows, columns = span.rectangle
-        self._layout = {
-            "first": start,
-            "rows": rows,
-            "columns": columns,
-            "prefix": span.prefix,
-            "queries": shape.queries,
-            "groups": shape.keys,
-        }
+        self._sequences = Sequences(*span.rectangle, span.prefix, shape.queries, shape.keys)
 
     @classmethod
     def takes(cls, span: _Span, shape: HeadShape, like: Tensor) -> bool:
@@ -309,7 +302,7 @@ class NativeKernel:
 
     def forward(self, qkv: Tensor, result: Tensor) -> None:
         """Sets the span's part of `result` [N, queries·d]."""
-        self._kernels.attend_rows(qkv, result, **self._layout)
+        self._kernels.attend_rows(qkv, result, self._sequences)
 
     def backward(
         self,
@@ -320,7 +313,7 @@ class NativeKernel:
         of_qkv: Tensor,
     ) -> None:
         """Adds the span's part of ∂/∂qkv; the attention weights are made again."""
-        self._kernels.attend_rows_backward(qkv, of_result, of_qkv, **self._layout)
+        self._kernels.attend_rows_backward(qkv, of_result, of_qkv, self._sequences)
 
 
 class BlockwiseKernel:

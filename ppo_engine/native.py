@@ -121,6 +121,22 @@ def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
     return torch.tensor(parts, dtype=torch.int64)
 
 
+class Sequences(NamedTuple):
+    """Sequences of one length among N tokens, which all see a beginning too."""
+
+    first: int
+    """Place of their first token; they follow one upon the other."""
+    rows: int
+    columns: int
+    """Tokens of each."""
+    prefix: int
+    """Tokens of the beginning, the first of the N."""
+    queries: int
+    """Heads of the queries."""
+    groups: int
+    """Heads of the keys."""
+
+
 def _with_whole_rows(matrix: Tensor) -> Tensor:
     """The same, its rows' numbers side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
@@ -260,54 +276,20 @@ class Kernels:
         )
         return shift
 
-    def attend_rows(
-        self,
-        qkv: Tensor,
-        result: Tensor,
-        *,
-        first: int,
-        rows: int,
-        columns: int,
-        prefix: int,
-        queries: int,
-        groups: int,
-    ) -> None:
-        """Causal attention of sequences, which also see the first `prefix` tokens; sets `result`.
+    def attend_rows(self, qkv: Tensor, result: Tensor, sequences: Sequences) -> None:
+        """Causal attention of the sequences; sets their tokens' results [N, queries·d].
 
-        qkv [N, (queries + 2·groups)·d] is rotated, the result [N, queries·d]; the sequences' tokens
-        stand in both from `first` on, [rows, columns].  There where `product` is.
+        qkv [N, (queries + 2·groups)·d] is rotated.  There where `product` is.
         """
-        size = result.shape[1] // queries
-        self._call(
-            "attend_rows",
-            qkv,
-            result,
-            size**-0.5,
-            first,
-            rows,
-            columns,
-            prefix,
-            queries,
-            groups,
-            size,
-        )
+        size = result.shape[1] // sequences.queries
+        self._call("attend_rows", qkv, result, size**-0.5, *sequences, size)
 
     def attend_rows_backward(
-        self,
-        qkv: Tensor,
-        of_result: Tensor,
-        of_qkv: Tensor,
-        *,
-        first: int,
-        rows: int,
-        columns: int,
-        prefix: int,
-        queries: int,
-        groups: int,
+        self, qkv: Tensor, of_result: Tensor, of_qkv: Tensor, sequences: Sequences
     ) -> None:
-        """Adds ∂/∂qkv to `of_qkv` [N, (queries + 2·groups)·d]; the rest is as in `attend_rows`."""
-        size = of_result.shape[1] // queries
-        shared = torch.empty(rows, 2 * groups, prefix, size)
+        """Adds ∂/∂qkv of `attend_rows` to `of_qkv` [N, (queries + 2·groups)·d]."""
+        size = of_result.shape[1] // sequences.queries
+        shared = torch.empty(sequences.rows, 2 * sequences.groups, sequences.prefix, size)
         self._call(
             "attend_rows_backward",
             qkv,
@@ -315,12 +297,7 @@ class Kernels:
             of_qkv,
             shared,
             size**-0.5,
-            first,
-            rows,
-            columns,
-            prefix,
-            queries,
-            groups,
+            *sequences,
             size,
         )
 

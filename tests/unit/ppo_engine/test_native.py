@@ -367,20 +367,13 @@ def test_attention_of_rows_and_its_gradient(products, prefix, columns, size):
         expected.append((weights @ v).transpose(0, 1).flatten(1))
     wanted = torch.cat(expected)
     (gradient,) = torch.autograd.grad(wanted, exact, of_result[first:].double())
-    layout = {
-        "first": first,
-        "rows": rows,
-        "columns": columns,
-        "prefix": prefix,
-        "queries": queries,
-        "groups": groups,
-    }
+    sequences = native.Sequences(first, rows, columns, prefix, queries, groups)
     result = torch.full((tokens, queries * size), 7.0, dtype=torch.bfloat16)
     before = drawn(torch.bfloat16, *qkv.shape, seed=2)
     of_qkv = before.clone()
 
-    products.attend_rows(qkv, result, **layout)
-    products.attend_rows_backward(qkv, of_result, of_qkv, **layout)
+    products.attend_rows(qkv, result, sequences)
+    products.attend_rows_backward(qkv, of_result, of_qkv, sequences)
 
     assert_near(result[first:], wanted.detach(), torch.bfloat16)
     assert (result[:first] == 7).all()
