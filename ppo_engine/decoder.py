@@ -210,9 +210,11 @@ def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdap
             room.split([adapter.b.numel() for _, adapter in group]), group, strict=True
         )
     ]
-    # What optimizers, too, call for many small tensors.
-    scaled = torch._foreach_mul([x.b.detach() for x in adapters], [x.scale for x in adapters])  # noqa: SLF001
-    torch._foreach_copy_([*rows, *ups], [*(x.a.detach() for x in adapters), *scaled])
+    _convert(
+        [*(x.a.detach() for x in adapters), *(x.b.detach() for x in adapters)],
+        [*rows, *ups],
+        [*(1.0 for _ in adapters), *(x.scale for x in adapters)],
+    )
     left = iter(ups)
     found = []
     for group, down, room in zip(groups, downs, flat, strict=True):
@@ -223,6 +225,18 @@ def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdap
             start = rank.stop
         found.append(GroupAdapters(down, room, tuple(additions)))
     return found
+
+
+def _convert(sources: list[Tensor], targets: list[Tensor], factors: list[float]) -> None:
+    """Sets every target to its source times its factor."""
+    kernels = kernels_for(targets[0])
+    if kernels is not None and all(
+        each.dtype == torch.float32 and each.is_contiguous() for each in sources
+    ):
+        kernels.convert(sources, targets, factors)
+        return
+    # What optimizers, too, call for many small tensors.
+    torch._foreach_copy_(targets, torch._foreach_mul(sources, factors))  # noqa: SLF001
 
 
 def _room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:

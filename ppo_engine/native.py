@@ -7,6 +7,7 @@ without them, and for other number formats, the callers take PyTorch's operators
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ _BF16_VARIANT = "avx512_bf16"
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
+    "convert": (*[_POINTER] * 6, _COUNT),
     "rms_norm": (_POINTER, _POINTER, _REAL, _POINTER, _POINTER, _COUNT, _COUNT),
     "rms_norm_backward": (*[_POINTER] * 6, _COUNT, _COUNT),
     "gated": (_POINTER, _POINTER, _COUNT, _COUNT),
@@ -153,16 +155,37 @@ class Kernels:
                 function.argtypes, function.restype = arguments, None
                 self._functions[name] = function
 
-    def _call(self, name: str, *arguments: Tensor | float | None) -> None:
+    def _call(self, name: str, *arguments: "Tensor | float | ctypes.Array[Any] | None") -> None:
         """By the address of what a tensor holds, without gaps."""
         self._functions[name](
             *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
         )
 
+    def convert(
+        self, sources: Sequence[Tensor], targets: Sequence[Tensor], factors: Sequence[float]
+    ) -> None:
+        """Sets every target to its fp32 source, a matrix, times its factor.
+
+        A target's numbers stand without gaps, row by row or, as in a transpose, column by column.
+        """
+        count = len(sources)
+        shapes = [each.shape for each in sources]
+        pointers, counts = _POINTER * count, _COUNT * count
+        self._call(
+            "convert",
+            pointers(*[each.data_ptr() for each in sources]),
+            pointers(*[each.data_ptr() for each in targets]),
+            (_REAL * count)(*factors),
+            counts(*[rows for rows, _ in shapes]),
+            counts(*[columns for _, columns in shapes]),
+            counts(*[each.stride(0) == 1 for each in targets]),
+            count,
+        )
+
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """x/rms(x)·weight [N, H], and 1/rms [N, 1] fp32."""
         hidden = hidden.contiguous()
-        normed, inverse = torch.empty_like(hidden), torch.empty(len(hidden), 1)
+        normed, inverse = torch.empty_like(hidden), torch.empty(hidden.shape[0], 1)
         self._call("rms_norm", hidden, weight, epsilon, normed, inverse, *hidden.shape)
         return normed, inverse
 
@@ -191,7 +214,7 @@ class Kernels:
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """silu(gate)·up [N, F] of both side by side [N, 2F]."""
-        result = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        result = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         self._call("gated", gate_up, result, *result.shape)
         return result
 
@@ -324,7 +347,7 @@ class Kernels:
         fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.  `out`
         takes the result, where nothing else is added.
         """
-        result = torch.empty(len(rows), len(weight), dtype=dtype) if out is None else out
+        result = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype) if out is None else out
         inner, up = low_rank or (None, None)
         is_wide, rows = dtype == torch.float32, _with_whole_rows(rows)
         self._call(
@@ -364,7 +387,7 @@ class Kernels:
         order first.  A row's result does not depend on the rows beside it.
         """
         is_transposed = right.stride(0) == 1
-        result = torch.empty(len(left), right.shape[1], dtype=dtype)
+        result = torch.empty(left.shape[0], right.shape[1], dtype=dtype)
         is_wide, left = dtype == torch.float32, _with_whole_rows(left)
         inner, ups, parts = low_rank or (None, None, ())
         self._call(
@@ -403,7 +426,7 @@ class Kernels:
             narrow,
             wide,
             result,
-            len(left),
+            left.shape[0],
             narrow.shape[1],
             wide.shape[1],
             narrow.stride(0),

@@ -6,6 +6,27 @@
 #define LOAD OF(load)
 #define STORE OF(store)
 
+/* Converts matrices [rows, columns] of fp32 times a factor each; some come out transposed. */
+void OF(convert)(
+    const float *const *from, NUMBER *const *to, const float *factors, const int64_t *rows,
+    const int64_t *columns, const int64_t *is_transposed, int64_t count) {
+#pragma omp parallel for schedule(dynamic, 8)
+    for (int64_t i = 0; i < count; i++) {
+        const float *x = from[i];
+        NUMBER *y = to[i];
+        if (!is_transposed[i]) {
+#pragma omp simd
+            for (int64_t n = 0; n < rows[i] * columns[i]; n++) y[n] = STORE(factors[i] * x[n]);
+            continue;
+        }
+        for (int64_t column = 0; column < columns[i]; column++) {
+            for (int64_t row = 0; row < rows[i]; row++) {
+                y[column * rows[i] + row] = STORE(factors[i] * x[row * columns[i] + column]);
+            }
+        }
+    }
+}
+
 /* normed = x/rms(x) · weight, rounded in between as transformers does; inverse = 1/rms. */
 void OF(rms_norm)(
     const NUMBER *hidden, const NUMBER *weight, float epsilon, NUMBER *normed, float *inverse,

@@ -51,6 +51,19 @@ def silu_times_up(gate_up):
     return gate / (1 + (-gate).exp()) * up
 
 
+def test_many_matrices_are_converted_at_once(kernels, dtype):
+    shapes = [(1, 7), (16, 65), (40, 3), (5, 1), (1, 1)] * 5
+    sources = [drawn(torch.float32, *shape, seed=i) for i, shape in enumerate(shapes)]
+    factors = [0.5 + i for i in range(len(shapes))]
+    targets = [
+        torch.zeros(shape, dtype=dtype) if i % 2 else torch.zeros(shape[::-1], dtype=dtype).t()
+        for i, shape in enumerate(shapes)
+    ]
+    kernels.convert(sources, targets, factors)
+    for source, target, factor in zip(sources, targets, factors, strict=True):
+        assert torch.equal(target, (source * factor).to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(1, 7), (3, 64), (40, 577)])
 def test_norm_and_its_gradient(kernels, dtype, shape):
     hidden, weight = drawn(dtype, *shape), drawn(dtype, shape[1], seed=1)
