@@ -196,7 +196,7 @@ static inline __mmask16 first_of(int64_t count) {
     return count < VECTOR ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff;
 }
 
-/* The same for up to 16 outputs of a row. */
+/* `finish` for up to 16 outputs of one row. */
 static inline void finish_vector(
     const target to, __m512 y, int64_t row, int64_t output, int64_t outputs) {
     if (output >= outputs) return;
