@@ -299,6 +299,17 @@ static inline void pack(
     }
 }
 
+/* Asks for what `pack` will read, 64 bytes each time: from `line` up to `end` of `depth` lines. */
+static inline void ask_for(
+    const factor from, int64_t column, int64_t first, int64_t depth, int64_t line, int64_t end) {
+    for (; line < end && line < depth; line++) {
+        int64_t place = from.is_transposed
+                            ? (column + line % PANEL) * from.stride + first + line / PANEL * PANEL
+                            : (first + line) * from.stride + column;
+        _mm_prefetch((const char *)(from.numbers + place), _MM_HINT_T1);
+    }
+}
+
 /* Rows of a left factor, `stride` numbers apart, and a panel of as deep a right one. */
 typedef struct {
     const bf16 *left;
@@ -415,9 +426,15 @@ static inline int64_t pack_parts(
     return end - first;
 }
 
+/* Number of the next share of some work, of which so many are taken. */
+static inline int64_t take(int64_t *taken) {
+    return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+}
+
 /* (left·right + low-rank product + bias + onto)/divisor for many rows: left [rows, depth], right
  * [depth, columns] or, if it is transposed, [columns, depth]; `stride` numbers apart are the rows of
- * each. A panel of the right factor is brought into order, and then meets all rows of a share.
+ * each. A panel of the right factor is brought into order, and then meets all rows of a share; in the
+ * meantime the next one is asked for, as from memory it would come too late.
  *
  * The low-rank product has `count` parts, one after the other in ranks, columns and `low`; at most
  * DEEPEST ranks; inner is [rows, inner_stride]. */
@@ -432,33 +449,37 @@ void large_product_bf16(
     /* As many rows in every share, in whole tiles. */
     int64_t row_shares = (rows + MANY_ROWS - 1) / MANY_ROWS;
     int64_t some_rows = ((rows + row_shares - 1) / row_shares + HIGHEST - 1) / HIGHEST * HIGHEST;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (int64_t column = 0; column < columns; column += PANEL) {
-        for (int64_t near = 0; near < rows; near += some_rows) {
-            __m512i panel[DEEPEST], low_panel[DEEPEST];
-            float sums[MANY_ROWS * PANEL];
-            int64_t here = rows - near < some_rows ? rows - near : some_rows;
-            for (int64_t first = 0; first < depth; first += DEEPEST) {
-                int64_t deep = depth - first < DEEPEST ? depth - first : DEEPEST;
-                int64_t low_depth = 0, first_rank = 0;
-                int is_last = first + deep == depth;
-                pack(panel, from, column, first, deep);
-                if (is_last) {
-                    low_depth = pack_parts(
-                        low_panel, low, (const part *)parts, count, column, &first_rank);
+    int64_t shares = (columns + PANEL - 1) / PANEL * row_shares, taken = 0;
+#pragma omp parallel
+    for (int64_t share = take(&taken), next; share < shares; share = next) {
+        __m512i panel[DEEPEST], low_panel[DEEPEST];
+        float sums[MANY_ROWS * PANEL];
+        int64_t column = share / row_shares * PANEL, near = share % row_shares * some_rows;
+        int64_t here = rows - near < some_rows ? rows - near : some_rows;
+        int64_t tiles = (here + HIGHEST - 1) / HIGHEST;
+        next = take(&taken);
+        for (int64_t first = 0; first < depth; first += DEEPEST) {
+            int64_t deep = depth - first < DEEPEST ? depth - first : DEEPEST;
+            int64_t low_depth = 0, first_rank = 0, asked = 0, lines = (deep + tiles - 1) / tiles;
+            int is_last = first + deep == depth;
+            pack(panel, from, column, first, deep);
+            if (is_last) {
+                low_depth =
+                    pack_parts(low_panel, low, (const part *)parts, count, column, &first_rank);
+            }
+            for (int64_t row = 0; row < here; asked += lines) {
+                int64_t place = near + row;
+                float *held = sums + row * PANEL;
+                tile of = {
+                    here - row,
+                    {left + place * left_stride + first, left_stride, deep, panel},
+                    {inner + place * inner_stride + first_rank, inner_stride, low_depth, low_panel},
+                    first ? held : NULL,
+                    is_last ? NULL : held};
+                if (next < shares) {
+                    ask_for(from, next / row_shares * PANEL, first, deep, asked, asked + lines);
                 }
-                for (int64_t row = 0; row < here;) {
-                    int64_t place = near + row;
-                    float *held = sums + row * PANEL;
-                    tile of = {
-                        here - row,
-                        {left + place * left_stride + first, left_stride, deep, panel},
-                        {inner + place * inner_stride + first_rank, inner_stride, low_depth,
-                         low_panel},
-                        first ? held : NULL,
-                        is_last ? NULL : held};
-                    row += multiply_some(of, to, place, column, columns);
-                }
+                row += multiply_some(of, to, place, column, columns);
             }
         }
     }
