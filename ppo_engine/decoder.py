@@ -6,7 +6,6 @@ padding, and the backward pass, written out, keeps only what it needs.  Models o
 take transformers' own forward pass.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,271 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
-from ppo_engine.native import (
-    MOST_RANKS,
-    Kernels,
-    LowRank,
-    Part,
-    kernels_for,
-    large_product_kernels_for,
-    product_kernels_for,
-)
+from ppo_engine.linear_groups import AdapterSet, GroupAdapters, LinearGroup
+from ppo_engine.native import kernels_for
 from ppo_engine.packing import Packed
-from ppo_engine.products import product, wide_product
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding whose angles do not depend on the length of the input."""
-
-
-class Adapter(NamedTuple):
-    """The low-rank addition of one linear layer: scale · B·A."""
-
-    a: nn.Parameter
-    """[r, in] fp32."""
-    b: nn.Parameter
-    """[out, r] fp32."""
-    scale: float
-
-
-class LinearGroup:
-    """Linear layers that read the same input, as one product; each may carry adapters.
-
-    Their weights become views of one tensor, so nothing is held twice.
-    """
-
-    def __init__(self, modules: Sequence[Any]) -> None:
-        self._modules = modules
-        bases = [m.base_layer if isinstance(m, LoraLinear) else m for m in modules]
-        self.weight = _joined([base.weight for base in bases])
-        """[Σ out, in]."""
-        biases = [base.bias for base in bases]
-        self.bias = None if biases[0] is None else _joined(biases)
-        ends = torch.tensor([base.weight.shape[0] for base in bases]).cumsum(0).tolist()
-        self.slices = [slice(*pair) for pair in zip([0, *ends[:-1]], ends, strict=True)]
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether any of the layers carries one."""
-        return any(isinstance(module, LoraLinear) for module in self._modules)
-
-    def adapters(self, name: str | None) -> list[tuple[slice, Adapter]]:
-        """Those of this name, with the output columns that each adds to."""
-        return [
-            (part, Adapter(m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name]))
-            for part, m in zip(self.slices, self._modules, strict=True)
-            if name is not None and isinstance(m, LoraLinear) and name in m.lora_A
-        ]
-
-    def forward(
-        self, inputs: Tensor, adapters: "GroupAdapters", *, onto: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Outputs [N, Σ out] and the adapters' inner values [N, Σ r]; [N, in] in.
-
-        `onto` [N, Σ out] is added to the outputs.
-        """
-        weight, bias = self.weight.t(), self.bias
-        if (kernels := adapters.product_kernels(inputs)) is not None:
-            inner = None if adapters.down is None else kernels.product(inputs, adapters.down)
-            result = kernels.large_product(
-                inputs,
-                weight,
-                low_rank=None if inner is None else LowRank(inner, adapters.ups, adapters.parts),
-                bias=None if bias is None else bias.float(),
-                onto=onto,
-            )
-            return result, inner
-        base = bias if onto is None else onto
-        result = product(inputs, weight) if base is None else torch.addmm(base, inputs, weight)
-        if onto is not None and bias is not None:
-            result += bias
-        if adapters.down is None:
-            return result, None
-        inner = inputs @ adapters.down.t()
-        for columns, rank, up in adapters.additions:
-            result[:, columns].addmm_(inner[:, rank], up.t())
-        return result, inner
-
-    def backward(
-        self, of_outputs: Tensor, inputs: Tensor, inner: Tensor | None, adapters: "GroupAdapters"
-    ) -> tuple[Tensor, list[Tensor]]:
-        """∂/∂inputs, and ∂/∂A, ∂/∂(scale·B) of every adapter in turn, fp32."""
-        kernels = adapters.product_kernels(inputs)
-        if adapters.down is None or inner is None:
-            if kernels is not None:
-                return kernels.large_product(of_outputs, self.weight), []
-            return of_outputs @ self.weight, []
-        of_inner = torch.empty_like(inner)
-        if kernels is not None:
-            for columns, rank, up in adapters.additions:
-                kernels.product(of_outputs[:, columns], up.t(), out=of_inner[:, rank])
-            everything = ((0, inputs.shape[1], 0, len(adapters.down)),)
-            of_inputs = kernels.large_product(
-                of_outputs, self.weight, low_rank=LowRank(of_inner, adapters.down, everything)
-            )
-        else:
-            for columns, rank, up in adapters.additions:
-                torch.mm(of_outputs[:, columns], up, out=of_inner[:, rank])
-            of_inputs = (of_outputs @ self.weight).addmm_(of_inner, adapters.down)
-        of_down = _weight_gradient(of_inner, inputs)
-        found = []
-        for columns, rank, _ in adapters.additions:
-            found += [of_down[rank], _weight_gradient(of_outputs[:, columns], inner[:, rank])]
-        return of_inputs, found
-
-
-def _weight_gradient(of_outputs: Tensor, inputs: Tensor) -> Tensor:
-    """∂/∂W of inputs·Wᵀ in fp32, [out, in]; one of both is narrow."""
-    if of_outputs.is_cuda:
-        return wide_product(of_outputs.t(), inputs)
-    if (kernels := product_kernels_for(inputs)) is not None:
-        return kernels.gradient(of_outputs, inputs)
-    # Wide products of narrow numbers are slow there.
-    return (of_outputs.t() @ inputs).float()
-
-
-class Addition(NamedTuple):
-    """What one adapter adds to the outputs of its layers."""
-
-    columns: slice
-    """Of the outputs."""
-    rank: slice
-    """Its columns of the inner values."""
-    up: Tensor
-    """scale·B, [out, r]."""
-
-
-class GroupAdapters(NamedTuple):
-    """A group's adapters in the model's format, ready for its products."""
-
-    down: Tensor | None
-    """Every A, [Σ r, in]; None without an adapter."""
-    ups: Tensor | None
-    """Every (scale·B)ᵀ, flat; None without an adapter."""
-    additions: tuple[Addition, ...]
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """Where the additions go."""
-        return tuple(
-            (columns.start, columns.stop, rank.start, rank.stop)
-            for columns, rank, _ in self.additions
-        )
-
-    def product_kernels(self, inputs: Tensor) -> Kernels | None:
-        """Those that make the group's large products, if there are any."""
-        if self.down is not None and len(self.down) > MOST_RANKS:
-            return None
-        return large_product_kernels_for(inputs)
-
-    def joined(self, width: int) -> "GroupAdapters":
-        """The same with one addition to all `width` columns: fewer products, though larger."""
-        if self.down is None:
-            return self
-        ups = self.down.new_zeros(len(self.down), width)
-        for columns, rank, up in self.additions:
-            ups[rank, columns] = up.t()
-        everything = Addition(slice(0, width), slice(0, len(ups)), ups.t())
-        return self._replace(ups=ups, additions=(everything,))
-
-
-_Adapters = list[tuple[slice, Adapter]]
-"""Of one group: output columns, and what is added to them."""
-
-
-def _prepared(groups: Sequence[_Adapters], dtype: torch.dtype) -> list[GroupAdapters]:
-    """The adapters of many groups, converted at once: each alone is hardly worth its call."""
-    adapters = [adapter for group in groups for _, adapter in group]
-    if not adapters:
-        return [GroupAdapters(None, None, ())] * len(groups)
-    downs = [_room_for(group, dtype) for group in groups]
-    rows = [
-        part
-        for group, down in zip(groups, downs, strict=True)
-        if down is not None
-        for part in down.split([len(adapter.a) for _, adapter in group])
-    ]
-    flat = [_flat_room_for(group, dtype) for group in groups]
-    ups = [
-        part.view(adapter.b.shape[::-1]).t()
-        for group, room in zip(groups, flat, strict=True)
-        if room is not None
-        for part, (_, adapter) in zip(
-            room.split([adapter.b.numel() for _, adapter in group]), group, strict=True
-        )
-    ]
-    _convert(
-        [*(x.a.detach() for x in adapters), *(x.b.detach() for x in adapters)],
-        [*rows, *ups],
-        [*(1.0 for _ in adapters), *(x.scale for x in adapters)],
-    )
-    left = iter(ups)
-    found = []
-    for group, down, room in zip(groups, downs, flat, strict=True):
-        start, additions = 0, []
-        for columns, adapter in group:
-            rank = slice(start, start + len(adapter.a))
-            additions.append(Addition(columns, rank, next(left)))
-            start = rank.stop
-        found.append(GroupAdapters(down, room, tuple(additions)))
-    return found
-
-
-def _convert(sources: list[Tensor], targets: list[Tensor], factors: list[float]) -> None:
-    """Sets every target to its source times its factor."""
-    kernels = kernels_for(targets[0])
-    if kernels is not None and all(
-        each.dtype == torch.float32 and each.is_contiguous() for each in sources
-    ):
-        kernels.convert(sources, targets, factors)
-        return
-    # What optimizers, too, call for many small tensors.
-    torch._foreach_copy_(targets, torch._foreach_mul(sources, factors))  # noqa: SLF001
-
-
-def _room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:
-    """For every A of a group, [Σ r, in]."""
-    if not group:
-        return None
-    first = group[0][1].a
-    rows = sum(len(adapter.a) for _, adapter in group)
-    return torch.empty(rows, first.shape[1], dtype=dtype, device=first.device)
-
-
-def _flat_room_for(group: _Adapters, dtype: torch.dtype) -> Tensor | None:
-    """For every B of a group."""
-    if not group:
-        return None
-    count = sum(adapter.b.numel() for _, adapter in group)
-    return torch.empty(count, dtype=dtype, device=group[0][1].b.device)
-
-
-def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
-    """The tensors below each other in one; the parameters become views of it."""
-    if len(parts) == 1:
-        return parts[0].detach()
-    if (shared := _already_joined(parts)) is not None:
-        return shared
-    together = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, together.split([len(part) for part in parts]), strict=True):
-        part.data = view
-    return together
-
-
-def _already_joined(parts: Sequence[nn.Parameter]) -> Tensor | None:
-    """The one tensor that the parameters are views of, if an earlier decoder made it."""
-    first = parts[0].detach()
-    place = first.data_ptr()
-    for part in parts:
-        if (
-            part.data_ptr() != place
-            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
-            return None
-        place += part.numel() * part.element_size()
-    rows = sum(len(part) for part in parts)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +78,7 @@ class Decoder:
         """Number of the lowest layer that any adapter touches."""
         self._embedding: Tensor = backbone.embed_tokens.weight.detach()
         self._rotary = backbone.rotary_emb
+        self._adapter_sets: dict[str | None, AdapterSet] = {}
 
     @classmethod
     def supports(cls, causal_lm: Any) -> bool:
@@ -358,10 +101,6 @@ class Decoder:
             and rope.get("rope_type", "default") in _ROPE_TYPES
         )
 
-    @property
-    def _groups(self) -> list[LinearGroup]:
-        return [group for layer in self.layers for group in layer.groups]
-
     def embedded(self, tokens: Tensor) -> Tensor:
         """What the first layer reads, [N, H]; tokens [N]."""
         return self._embedding[tokens]
@@ -373,17 +112,16 @@ class Decoder:
         return Rotation(cos[0, :, None], torch.cat([-first, second], dim=-1))
 
     def group_adapters(self, name: str | None) -> list[list[GroupAdapters]]:
-        """Of each layer's groups."""
-        return self._prepared(self._adapters(name))
-
-    def _adapters(self, name: str | None) -> list[_Adapters]:
-        """Of each group."""
-        return [group.adapters(name) for group in self._groups]
-
-    def _prepared(self, adapters: list[_Adapters]) -> list[list[GroupAdapters]]:
-        """Of each layer's groups."""
-        prepared = iter(_prepared(adapters, self.dtype))
+        """Of each layer's groups, as they are now."""
+        prepared = iter(self._adapter_set(name).prepared(self.dtype))
         return [[next(prepared) for _ in layer.groups] for layer in self.layers]
+
+    def _adapter_set(self, name: str | None) -> AdapterSet:
+        """Looked up once: a walk over all modules takes long."""
+        if name not in self._adapter_sets:
+            groups = [group for layer in self.layers for group in layer.groups]
+            self._adapter_sets[name] = AdapterSet(groups, name)
+        return self._adapter_sets[name]
 
     def states(
         self,
@@ -400,12 +138,9 @@ class Decoder:
         saves the layers that no adapter touches: see `boundary`.  `collected` takes every layer's
         queries, keys and values, [N, (heads + 2·kv)·d].
         """
-        adapters = self._adapters(adapter)
-        parameters = [
-            weight for group in adapters for _, each in group for weight in (each.a, each.b)
-        ]
+        parameters = self._adapter_set(adapter).parameters
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        work = self._work(packed, adapters, collected)
+        work = self._work(packed, adapter, collected)
         kept: list[_Kept] | None = [] if is_trained else None
         if boundary is None:
             first, hidden = 0, self.embedded(tokens.flatten()[packed.sources])
@@ -421,22 +156,20 @@ class Decoder:
         It is the same with every adapter and before and after every pass, so once per rollout is
         enough.
         """
-        work = self._work(packed, self._adapters(None), None)
+        work = self._work(packed, None, None)
         hidden = self.embedded(tokens.flatten()[packed.sources])
         for number in range(self.lowest_adapted):
             hidden = _forward_layer(work, number, hidden, None, is_last=False)
         return packed.unpacked(hidden, tokens.shape)
 
-    def _work(
-        self, packed: Packed, adapters: list[_Adapters], collected: list[Tensor] | None
-    ) -> "_Work":
+    def _work(self, packed: Packed, adapter: str | None, collected: list[Tensor] | None) -> "_Work":
         return _Work(
             decoder=self,
             packed=packed,
             rotation=self.rotation(packed.positions),
             attention=attention_over(packed, self.shape, self.norm),
-            adapters=self._prepared(adapters),
-            scales=[each.scale for group in adapters for _, each in group],
+            adapters=self.group_adapters(adapter),
+            scales=self._adapter_set(adapter).scales,
             collected=collected,
         )
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ppo_engine.decoder import Decoder, GroupAdapters, LinearGroup, gated, rms_norm
+from ppo_engine.decoder import Decoder, gated, rms_norm
 from ppo_engine.key_values import FusedKeyValues, KeyValues, Prompts, key_values
+from ppo_engine.linear_groups import GroupAdapters, LinearGroup
 from ppo_engine.logprobs import OutputHead
 from ppo_engine.machine import packed_copy_bytes
 from ppo_engine.native import product_kernels_for

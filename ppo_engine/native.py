@@ -29,7 +29,7 @@ _BF16_VARIANT = "avx512_bf16"
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _POINTER, _COUNT, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
-    "convert": (*[_POINTER] * 6, _COUNT),
+    "convert": (*[_POINTER] * 4, _COUNT),
     "rms_norm": (_POINTER, _POINTER, _REAL, _POINTER, _POINTER, _COUNT, _COUNT),
     "rms_norm_backward": (*[_POINTER] * 6, _COUNT, _COUNT),
     "gated": (_POINTER, _POINTER, _COUNT, _COUNT),
@@ -123,6 +123,26 @@ def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
     return torch.tensor(parts, dtype=torch.int64)
 
 
+class Conversion(NamedTuple):
+    """What becomes of one matrix among many."""
+
+    shape: tuple[int, int]
+    factor: float
+    """On its numbers."""
+    is_transposed: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _table_of(conversions: tuple[Conversion, ...]) -> tuple[Tensor, Tensor]:
+    """Factors; and rows, columns, place in the target and whether it is transposed."""
+    numbers, place = [], 0
+    for (rows, columns), _, is_transposed in conversions:
+        numbers.append((rows, columns, place, is_transposed))
+        place += rows * columns
+    factors = torch.tensor([each.factor for each in conversions])
+    return factors, torch.tensor(numbers, dtype=torch.int64)
+
+
 class Sequences(NamedTuple):
     """Sequences of one length among N tokens, which all see a beginning too."""
 
@@ -162,23 +182,15 @@ class Kernels:
         )
 
     def convert(
-        self, sources: Sequence[Tensor], targets: Sequence[Tensor], factors: Sequence[float]
+        self, sources: Sequence[Tensor], conversions: "tuple[Conversion, ...]", target: Tensor
     ) -> None:
-        """Sets every target to its fp32 source, a matrix, times its factor.
-
-        A target's numbers stand without gaps, row by row or, as in a transpose, column by column.
-        """
+        """Sets the target to the sources, fp32 matrices without gaps, one after the other."""
         count = len(sources)
-        shapes = [each.shape for each in sources]
-        pointers, counts = _POINTER * count, _COUNT * count
         self._call(
             "convert",
-            pointers(*[each.data_ptr() for each in sources]),
-            pointers(*[each.data_ptr() for each in targets]),
-            (_REAL * count)(*factors),
-            counts(*[rows for rows, _ in shapes]),
-            counts(*[columns for _, columns in shapes]),
-            counts(*[each.stride(0) == 1 for each in targets]),
+            (_POINTER * count)(*[each.data_ptr() for each in sources]),
+            target,
+            *_table_of(conversions),
             count,
         )
 

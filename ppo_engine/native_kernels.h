@@ -6,22 +6,29 @@
 #define LOAD OF(load)
 #define STORE OF(store)
 
-/* Converts matrices [rows, columns] of fp32 times a factor each; some come out transposed. */
+/* What becomes of a matrix [rows, columns]: its place in the result, and whether it comes out
+ * transposed. */
+typedef struct {
+    int64_t rows, columns, place, is_transposed;
+} OF(conversion);
+
+/* Converts many matrices of fp32, times a factor each. */
 void OF(convert)(
-    const float *const *from, NUMBER *const *to, const float *factors, const int64_t *rows,
-    const int64_t *columns, const int64_t *is_transposed, int64_t count) {
+    const float *const *from, NUMBER *to, const float *factors, const OF(conversion) *all,
+    int64_t count) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (int64_t i = 0; i < count; i++) {
         const float *x = from[i];
-        NUMBER *y = to[i];
-        if (!is_transposed[i]) {
+        NUMBER *y = to + all[i].place;
+        int64_t rows = all[i].rows, columns = all[i].columns;
+        if (!all[i].is_transposed) {
 #pragma omp simd
-            for (int64_t n = 0; n < rows[i] * columns[i]; n++) y[n] = STORE(factors[i] * x[n]);
+            for (int64_t n = 0; n < rows * columns; n++) y[n] = STORE(factors[i] * x[n]);
             continue;
         }
-        for (int64_t column = 0; column < columns[i]; column++) {
-            for (int64_t row = 0; row < rows[i]; row++) {
-                y[column * rows[i] + row] = STORE(factors[i] * x[row * columns[i] + column]);
+        for (int64_t column = 0; column < columns; column++) {
+            for (int64_t row = 0; row < rows; row++) {
+                y[column * rows + row] = STORE(factors[i] * x[row * columns + column]);
             }
         }
     }

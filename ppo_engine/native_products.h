@@ -532,12 +532,41 @@ static void add_transposed_product(
     }
 }
 
+/* Where a block of sums goes: it begins at a rank and a column of a result [ranks,
+ * columns] or, transposed, [columns, ranks]. */
+typedef struct {
+    float *result;
+    int64_t ranks, columns, rank, column;
+    int is_transposed;
+} block_target;
+
+static inline void put(const block_target to, const block_sums sums) {
+    int64_t ranks = to.ranks - to.rank < VECTOR ? to.ranks - to.rank : VECTOR;
+    for (int part = 0; part < NARROW; part++) {
+        int64_t column = to.column + part * VECTOR, columns = to.columns - column;
+        if (columns <= 0) return;
+        __m512i found[VECTOR];
+        for (int i = 0; i < VECTOR; i++) found[i] = _mm512_loadu_si512(sums[part][i]);
+        if (!to.is_transposed) {
+            float *place = to.result + to.rank * to.columns + column;
+            for (int64_t i = 0; i < ranks; i++, place += to.columns) {
+                _mm512_mask_storeu_epi32(place, first_of(columns), found[i]);
+            }
+            continue;
+        }
+        transpose(found);
+        float *place = to.result + column * to.ranks + to.rank;
+        for (int64_t i = 0; i < VECTOR && i < columns; i++, place += to.ranks) {
+            _mm512_mask_storeu_epi32(place, first_of(ranks), found[i]);
+        }
+    }
+}
+
 /* leftᵀ·right in fp32, for left [rows, ranks] and right [rows, columns], whose rows are so
  * many numbers apart; the result is [ranks, columns] or, transposed, [columns, ranks]. */
 void gradient_bf16(
     const bf16 *left, const bf16 *right, float *result, int64_t rows, int64_t ranks,
     int64_t columns, int64_t left_stride, int64_t right_stride, int64_t is_transposed) {
-    int64_t by_rank = is_transposed ? 1 : columns, by_column = is_transposed ? ranks : 1;
 #pragma omp parallel for collapse(2) schedule(dynamic) if (rows * columns > FEW_NUMBERS)
     for (int64_t rank = 0; rank < ranks; rank += VECTOR) {
         for (int64_t column = 0; column < columns; column += NARROW * VECTOR) {
@@ -547,12 +576,8 @@ void gradient_bf16(
             memset(sums, 0, sizeof sums);
             add_transposed_product(
                 sums, left + rank, left_stride, right + column, right_stride, rows, some, here);
-            for (int64_t i = 0; i < some; i++) {
-                for (int64_t j = 0; j < here; j++) {
-                    result[(rank + i) * by_rank + (column + j) * by_column] =
-                        sums[j / VECTOR][i][j % VECTOR];
-                }
-            }
+            const block_target to = {result, ranks, columns, rank, column, is_transposed != 0};
+            put(to, sums);
         }
     }
 }

@@ -12,8 +12,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ppo_engine import decoder as decoder_module
-from ppo_engine import native
+from ppo_engine import linear_groups, native
 from ppo_engine.decoder import Decoder
 from ppo_engine.generation import position_ids
 from ppo_engine.packing import common_prefix, pack
@@ -171,7 +170,7 @@ WAYS = {
 @torch.no_grad()
 def test_a_groups_outputs_and_gradients_are_those_of_its_formula(monkeypatch, way, dtype):
     for name, value in WAYS[way].items():
-        monkeypatch.setattr(decoder_module, name, value)
+        monkeypatch.setattr(linear_groups, name, value)
     peft = adapted(MODELS["qwen2"], targets=["q_proj", "v_proj", "o_proj", "down_proj"], rank=3)
     decoder = Decoder(peft.get_base_model().to(dtype))
     prepared = zip(decoder.layers, decoder.group_adapters("default"), strict=True)

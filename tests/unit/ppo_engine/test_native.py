@@ -54,14 +54,21 @@ def silu_times_up(gate_up):
 def test_many_matrices_are_converted_at_once(kernels, dtype):
     shapes = [(1, 7), (16, 65), (40, 3), (5, 1), (1, 1)] * 5
     sources = [drawn(torch.float32, *shape, seed=i) for i, shape in enumerate(shapes)]
-    factors = [0.5 + i for i in range(len(shapes))]
-    targets = [
-        torch.zeros(shape, dtype=dtype) if i % 2 else torch.zeros(shape[::-1], dtype=dtype).t()
+    conversions = tuple(
+        native.Conversion(shape, 0.5 + i, is_transposed=i % 2 == 0)
         for i, shape in enumerate(shapes)
-    ]
-    kernels.convert(sources, targets, factors)
-    for source, target, factor in zip(sources, targets, factors, strict=True):
-        assert torch.equal(target, (source * factor).to(dtype))
+    )
+    sizes = [source.numel() for source in sources]
+    target = torch.zeros(sum(sizes) + 1, dtype=dtype)
+
+    kernels.convert(sources, conversions, target)
+
+    assert target[-1] == 0
+    for source, (_, factor, is_transposed), found in zip(
+        sources, conversions, target[:-1].split(sizes), strict=True
+    ):
+        expected = (source * factor).to(dtype)
+        assert torch.equal(found, (expected.t() if is_transposed else expected).flatten())
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 64), (40, 577)])
