@@ -5,6 +5,7 @@ loss cannot disagree; every sum is float64.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -355,30 +356,33 @@ def _buckets(tokens: _Tokens, bounded: Tensor, ratio: Tensor, classes: Tensor) -
     edges = torch.tensor(PROBABILITY_EDGES, dtype=torch.float64)
     probability = torch.bucketize(tokens.old_logprobs.double().exp(), edges, right=True)
 
-    def table(index: Tensor, size: int) -> tuple[BucketSums, ...]:
-        return tuple(
-            _bucket(tokens.advantages[at], bounded[at], ratio[at], classes[at])
-            for at in (index == number for number in range(size))
-        )
-
+    size = tokens.advantages.double().abs()
+    sums = (size, size * is_clipped(classes), ratio.double(), _k3(bounded.double()))
     return Buckets(
-        position=table(position, len(POSITION_EDGES) + 1),
-        old_probability=table(probability, len(PROBABILITY_EDGES) + 1),
+        position=_table(position, len(POSITION_EDGES) + 1, classes, sums),
+        old_probability=_table(probability, len(PROBABILITY_EDGES) + 1, classes, sums),
     )
 
 
-def _bucket(advantages: Tensor, bounded: Tensor, ratio: Tensor, classes: Tensor) -> BucketSums:
-    size = advantages.double().abs()
-    sums = (size, size[is_clipped(classes)], ratio, _k3(bounded.double()))
-    totals = [_total(each) for each in sums]
-    if not all(map(math.isfinite, totals)):  # a broken pass; JSON has no number for it
-        return BucketSums()
-    return BucketSums(
-        counts=tuple(torch.bincount(classes, minlength=len(TOKEN_CLASSES)).tolist()),
-        abs_advantage=totals[0],
-        abs_advantage_clipped=totals[1],
-        ratio=totals[2],
-        kl_k3=totals[3],
+def _table(
+    bucket: Tensor, buckets: int, classes: Tensor, sums: Sequence[Tensor]
+) -> tuple[BucketSums, ...]:
+    """Classes counted, and the rest summed up, by the number of each token's bucket."""
+    kinds = len(TOKEN_CLASSES)
+    places = (bucket * kinds + classes).numpy()
+    counts = np.bincount(places, minlength=buckets * kinds).reshape(buckets, kinds).tolist()
+    totals = [np.bincount(bucket.numpy(), each.numpy(), buckets).tolist() for each in sums]
+    return tuple(
+        BucketSums(
+            counts=tuple(of_classes),
+            abs_advantage=size,
+            abs_advantage_clipped=clipped,
+            ratio=ratio,
+            kl_k3=drift,
+        )
+        if all(map(math.isfinite, (size, clipped, ratio, drift)))
+        else BucketSums()  # a broken pass; JSON has no number for it
+        for of_classes, size, clipped, ratio, drift in zip(counts, *totals, strict=True)
     )
 
 
