@@ -26,6 +26,7 @@ from ppo_engine.attention import depends_on_beginning
 from ppo_engine.config import Critic, LoraConfig
 from ppo_engine.decoder import Decoder
 from ppo_engine.errors import InvalidConfig, ModelLoadFailed
+from ppo_engine.flat_weights import FlatWeights
 from ppo_engine.generation import DecoderGeneration, Generation, ModelGeneration, position_ids
 from ppo_engine.logprobs import OutputHead, head_comparison, head_logprobs
 from ppo_engine.machine import block_entries
@@ -249,6 +250,10 @@ class Policy(CausalPolicy):
         nn.init.zeros_(self.value_head.bias)
         for parameter in self.value_parameters().values():
             parameter.requires_grad = True
+        self.adapter_weights = FlatWeights(self.adapter_parameters())
+        """All that PPO's policy term trains."""
+        self.value_weights = None if critic is None else FlatWeights(self.value_parameters())
+        """The critic's, if there is one."""
 
     def peak_memory_bytes(self) -> int:
         """Most memory held so far: of the device, or of the process on a CPU."""
@@ -259,7 +264,7 @@ class Policy(CausalPolicy):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The policy adapter's weights by name: all that PPO's policy term trains."""
+        """The policy adapter's weights by name."""
         return self._lora_parameters(_POLICY)
 
     def value_parameters(self) -> dict[str, nn.Parameter]:
@@ -268,6 +273,10 @@ class Policy(CausalPolicy):
             return {}
         head = dict(self.value_head.named_parameters(prefix="value_head"))
         return head | self._lora_parameters(_CRITIC)
+
+    def trained_weights(self) -> list[FlatWeights]:
+        """Those of the adapter, and of the critic if there is one."""
+        return [self.adapter_weights, *([self.value_weights] if self.value_weights else [])]
 
     def _lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's weights by name; looked up once, as a walk over all modules takes long."""

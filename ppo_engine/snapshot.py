@@ -69,18 +69,28 @@ def trained_parameters(run: Learned) -> dict[str, nn.Parameter]:
 
 def optimizer_tensors(run: Learned) -> dict[str, Tensor]:
     """Adam's moments and step counts by parameter; what has never been trained has none."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in trained_parameters(run).items()
-        for key, value in run.optimizer.state.get(parameter, {}).items()
-    }
+    found: dict[str, Tensor] = {}
+    for weights in run.policy.trained_weights():
+        state = run.optimizer.state.get(weights.together)
+        if not state:
+            continue
+        for moment in ADAM_MOMENTS:
+            views = weights.split(state[moment])
+            found |= {f"{name}.{moment}": view for name, view in views.items()}
+        found |= {f"{name}.step": state["step"].clone() for name in weights.parameters}
+    return found
 
 
 def restore_optimizer(run: Learned, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    for name, parameter in trained_parameters(run).items():
-        if f"{name}.step" not in tensors:
+    for weights in run.policy.trained_weights():
+        names = list(weights.parameters)
+        if f"{names[0]}.step" not in tensors:
             continue
-        run.optimizer.state[parameter] = {
-            key: tensors[f"{name}.{key}"].to(parameter.device) for key in ("step", *ADAM_MOMENTS)
+        run.optimizer.state[weights.together] = {
+            "step": tensors[f"{names[0]}.step"].to(weights.together.device),
+            **{
+                moment: weights.joined({name: tensors[f"{name}.{moment}"] for name in names})
+                for moment in ADAM_MOMENTS
+            },
         }

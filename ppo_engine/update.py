@@ -101,11 +101,9 @@ class LastLook(NamedTuple):
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over adapter and value head, a group each; rates are set before every update."""
-    groups = [
-        {"params": list(policy.adapter_parameters().values()), "lr": config.learning_rate},
-        # Empty without a critic.
-        {"params": list(policy.value_parameters().values()), "lr": config.value_learning_rate},
-    ]
+    groups = [{"params": [policy.adapter_weights.together], "lr": config.learning_rate}]
+    if policy.value_weights is not None:
+        groups.append({"params": [policy.value_weights.together], "lr": config.value_learning_rate})
     return torch.optim.AdamW(
         groups,
         betas=ADAM_BETAS,
@@ -173,7 +171,7 @@ class Updater:
                 firings.append(rule)
             if early_end is not None or (rule is not None and rule.action == "stop_epochs"):
                 break
-        self._optimizer.zero_grad()
+        self._drop_gradients()
         return UpdateResult(
             passes=tuple(passes),
             early_end=early_end,
@@ -189,9 +187,10 @@ class Updater:
     def _prepare(self, step: int) -> None:
         """Rates of this update; during the critic's warm-up the adapter stays as it is."""
         factor = learning_rate_factor(self._config, step) * self.learning_rate_scale
-        adapter, critic = self._optimizer.param_groups
+        adapter, *critic = self._optimizer.param_groups
         adapter["lr"] = factor * self._config.learning_rate
-        critic["lr"] = factor * self._config.value_learning_rate
+        for group in critic:
+            group["lr"] = factor * self._config.value_learning_rate
         self._policy.set_adapter_trainable(trainable=not self.is_adapter_frozen(step))
 
     def _walks(self, rows: int, generator: torch.Generator) -> list[tuple[int, int, Tensor]]:
@@ -207,7 +206,7 @@ class Updater:
     def _pass(self, plan: "_Pass") -> tuple[PassReport, PassLosses]:
         """Gradients of one minibatch, left in place, and what it looked like."""
         config = self._config
-        self._optimizer.zero_grad()
+        self._drop_gradients()
         statistics = PassStatistics(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -267,9 +266,18 @@ class Updater:
 
     def _clipped_gradient_norm(self) -> float:
         """Norm of the whole gradient, before it was scaled down to `max_grad_norm`."""
-        trained = [p for group in self._optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self._config.max_grad_norm)
+        trained = self._policy.trained_weights()
+        for weights in trained:
+            weights.gather_gradients()
+        parts = [part for weights in trained for part in weights.gradient_parts()]
+        norm = nn.utils.get_total_norm(parts)
+        together = [weights.together for weights in trained]
+        nn.utils.clip_grads_with_norm_(together, self._config.max_grad_norm, norm)
         return norm.item()
+
+    def _drop_gradients(self) -> None:
+        for weights in self._policy.trained_weights():
+            weights.drop_gradients()
 
     def _early_end(self, report: PassReport) -> EarlyEnd | None:
         """Set if this pass has drifted beyond 1.5 times `target_kl`; its gradient is dropped."""
