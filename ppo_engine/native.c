@@ -119,6 +119,9 @@ static inline float weigh_seen(float *scores, int64_t seen) {
 #undef NUMBER
 #undef OF
 
+#ifdef __AVX512BF16__
+#define HAS_FASTER_ATTEND_NEXT
+#endif
 #define NUMBER bf16
 #define OF(name) name##_bf16
 #include "native_kernels.h"

@@ -137,6 +137,7 @@ void OF(rotate)(
     }
 }
 
+#ifndef HAS_FASTER_ATTEND_NEXT
 /* Running softmax over the keys that one query has seen so far. */
 typedef struct {
     float top, total;
@@ -216,6 +217,7 @@ void OF(attend_next)(
         }
     }
 }
+#endif
 
 /* Softmax, in place, of scale · scores [rows, keys] over the keys that a query may see: `prefix` of
  * them, and of its own row of `columns` tokens those up to its own place, row modulo columns. There

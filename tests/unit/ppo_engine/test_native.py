@@ -128,8 +128,9 @@ def test_rotation_turns_queries_and_keys_alone(kernels, dtype, direction):
 
 
 @pytest.mark.parametrize("prefix", [0, 3, 130])
-def test_attention_of_the_next_token(kernels, dtype, prefix):
-    groups, each, size, room = 2, 3, 24, 150
+@pytest.mark.parametrize(("each", "size"), [(1, 8), (3, 24), (6, 100)])
+def test_attention_of_the_next_token(kernels, dtype, prefix, each, size):
+    groups, room = 2, 150
     lengths = torch.tensor([0, 5, 63, 64, 140])
     heads = drawn(dtype, 5, groups * each + 2 * groups, size)
     shared = drawn(dtype, 2, groups, prefix, size, seed=1)
