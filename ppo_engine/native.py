@@ -178,7 +178,7 @@ class Kernels:
     def _call(self, name: str, *arguments: "Tensor | float | ctypes.Array[Any] | None") -> None:
         """By the address of what a tensor holds, without gaps."""
         self._functions[name](
-            *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments)
+            *[each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
         )
 
     def convert(
