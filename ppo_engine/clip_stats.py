@@ -371,7 +371,11 @@ def _table(
     kinds = len(TOKEN_CLASSES)
     places = (bucket * kinds + classes).numpy()
     counts = np.bincount(places, minlength=buckets * kinds).reshape(buckets, kinds).tolist()
-    totals = [np.bincount(bucket.numpy(), each.numpy(), buckets).tolist() for each in sums]
+    totals = [
+        # Without tokens it would count, in integers.
+        np.bincount(bucket.numpy(), each.numpy(), buckets).astype(float).tolist()
+        for each in sums
+    ]
     return tuple(
         BucketSums(
             counts=tuple(of_classes),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _NORM_PART = 65_536
-"""Numbers whose squares are summed up at once: with millions the sum in fp32 is 1e-4 too small."""
+"""Numbers whose squares are summed up at once: with millions the norm is 2e-4 too small."""
 
 
 class FlatWeights:

@@ -426,9 +426,10 @@ static inline int64_t pack_parts(
     return end - first;
 }
 
-/* Number of the next share of some work, of which so many are taken. */
+/* Number of the next share of some work, for a thread of a team whose first shares are their own
+ * numbers; so many more are taken. */
 static inline int64_t take(int64_t *taken) {
-    return __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+    return omp_get_num_threads() + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
 }
 
 /* (left·right + low-rank product + bias + onto)/divisor for many rows: left [rows, depth], right
@@ -451,7 +452,7 @@ void large_product_bf16(
     int64_t some_rows = ((rows + row_shares - 1) / row_shares + HIGHEST - 1) / HIGHEST * HIGHEST;
     int64_t shares = (columns + PANEL - 1) / PANEL * row_shares, taken = 0;
 #pragma omp parallel
-    for (int64_t share = take(&taken), next; share < shares; share = next) {
+    for (int64_t share = omp_get_thread_num(), next; share < shares; share = next) {
         __m512i panel[DEEPEST], low_panel[DEEPEST];
         float sums[MANY_ROWS * PANEL];
         int64_t column = share / row_shares * PANEL, near = share % row_shares * some_rows;

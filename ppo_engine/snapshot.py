@@ -63,7 +63,7 @@ def roll_back(run: Learned, to: Snapshot) -> None:
 
 
 def trained_parameters(run: Learned) -> dict[str, nn.Parameter]:
-    """Everything the optimizer holds, by name."""
+    """Everything that is trained, by name."""
     return run.policy.adapter_parameters() | run.policy.value_parameters()
 
 

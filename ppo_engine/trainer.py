@@ -273,13 +273,13 @@ class Trainer:
 
     def _values(self, rollout: Rollout, result: UpdateResult) -> dict[str, float | None]:
         """Every metric of the update but its effort and the validation."""
-        adapter, critic = self.optimizer.param_groups
+        adapter, *critic = self.optimizer.param_groups
         return {
             **rollout_values(rollout),
             **update_values(rollout, result, self.config),
             "kl_coef": self.kl_controller.coef,
             "learning_rate": adapter["lr"],
-            "value_learning_rate": critic["lr"] if self.config.has_critic else None,
+            "value_learning_rate": critic[0]["lr"] if critic else None,
             "noise_limit": self.health.noise_limit,
         }
 

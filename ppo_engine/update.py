@@ -100,7 +100,7 @@ class LastLook(NamedTuple):
 
 
 def make_optimizer(policy: Policy, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over adapter and value head, a group each; rates are set before every update."""
+    """AdamW over adapter and, if there is one, critic; rates are set before every update."""
     groups = [{"params": [policy.adapter_weights.together], "lr": config.learning_rate}]
     if policy.value_weights is not None:
         groups.append({"params": [policy.value_weights.together], "lr": config.value_learning_rate})

@@ -293,8 +293,16 @@ def test_product_of_rows_that_stand_apart(products):
     assert torch.equal(result[:, 13:], before[:, 13:])
 
 
-LARGE = [(1, 3, 2), (4, 33, 7), (13, 96, 575), (40, 131, 64), (7, 45, 3101), (2050, 17, 31)]
-"""Rows, columns, depth: tails of tiles and panels, sums in parts, rows in several shares."""
+LARGE = [
+    (1, 3, 2),
+    (4, 33, 7),
+    (13, 96, 575),
+    (40, 131, 64),
+    (7, 45, 3101),
+    (2050, 17, 31),
+    (1100, 40, 1600),
+]
+"""Rows, columns, depth: tails of tiles and panels, sums in parts, rows in several shares; both."""
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ppo_engine.config import AdvantageEstimator
 from ppo_engine.decoder import Decoder
 from ppo_engine.errors import NonfiniteLoss, RewardFailed
 from ppo_engine.snapshot import optimizer_tensors
@@ -61,6 +62,23 @@ def test_dropout_in_the_base_is_off_in_every_pass(tiny_model):
     report = next(trainer.steps())
 
     assert report.passes[0].values["log_ratio_abs_max"] == 0.0
+
+
+@pytest.mark.parametrize("estimator", [AdvantageEstimator.RLOO, AdvantageEstimator.GRPO])
+def test_without_a_critic_the_adapter_alone_is_trained(tiny_model, estimator) -> None:
+    config = tiny_config(advantage_estimator=estimator, group_size=3, lam=1.0)
+    trainer = tiny_trainer(tiny_model, config)
+
+    report = next(trainer.steps())
+
+    assert report.values["learning_rate"] == config.learning_rate
+    assert report.values["value_learning_rate"] is None
+    assert {name.rsplit(".", 1)[-1] for name in optimizer_tensors(trainer)} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    assert all("lora_" in name for name in optimizer_tensors(trainer))
 
 
 def test_an_update_makes_epochs_times_minibatches_optimizer_steps(tiny_model):
