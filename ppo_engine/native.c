@@ -120,7 +120,7 @@ static inline float weigh_seen(float *scores, int64_t seen) {
 #undef OF
 
 #ifdef __AVX512BF16__
-#define HAS_FASTER_ATTEND_NEXT
+#define HAS_FASTER_ATTEND_HEADS
 #endif
 #define NUMBER bf16
 #define OF(name) name##_bf16

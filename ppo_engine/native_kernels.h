@@ -137,7 +137,19 @@ void OF(rotate)(
     }
 }
 
-#ifndef HAS_FASTER_ATTEND_NEXT
+/* Keys and values [count, size] of tokens that a query sees. */
+typedef struct {
+    const NUMBER *keys, *values;
+    int64_t count;
+} OF(context);
+
+/* Attention of queries [heads, size] of one token, which see a beginning that all sequences have and
+ * what their own sequence has so far; result [heads, size]. */
+static void OF(attend_heads)(
+    const NUMBER *asking, OF(context) beginning, OF(context) own, NUMBER *result, float scale,
+    int64_t heads, int64_t size);
+
+#ifndef HAS_FASTER_ATTEND_HEADS
 /* Running softmax over the keys that one query has seen so far. */
 typedef struct {
     float top, total;
@@ -145,14 +157,13 @@ typedef struct {
 } OF(seen);
 
 static inline void OF(look_at)(
-    OF(seen) *seen, const float *query, const NUMBER *keys, const NUMBER *values, int64_t count,
-    int64_t size) {
+    OF(seen) *seen, const float *query, const OF(context) context, int64_t size) {
     float scores[KEY_BLOCK];
-    for (int64_t start = 0; start < count; start += KEY_BLOCK) {
-        int64_t some = count - start < KEY_BLOCK ? count - start : KEY_BLOCK;
+    for (int64_t start = 0; start < context.count; start += KEY_BLOCK) {
+        int64_t left = context.count - start, some = left < KEY_BLOCK ? left : KEY_BLOCK;
         float top = seen->top;
         for (int64_t k = 0; k < some; k++) {
-            const NUMBER *key = keys + (start + k) * size;
+            const NUMBER *key = context.keys + (start + k) * size;
             float score = 0;
 #pragma omp simd reduction(+ : score)
             for (int64_t i = 0; i < size; i++) score += query[i] * LOAD(key[i]);
@@ -168,7 +179,7 @@ static inline void OF(look_at)(
 #pragma omp simd
         for (int64_t i = 0; i < size; i++) seen->mixed[i] *= shrink;
         for (int64_t k = 0; k < some; k++) {
-            const NUMBER *value = values + (start + k) * size;
+            const NUMBER *value = context.values + (start + k) * size;
 #pragma omp simd
             for (int64_t i = 0; i < size; i++) seen->mixed[i] += scores[k] * LOAD(value[i]);
         }
@@ -176,6 +187,23 @@ static inline void OF(look_at)(
         seen->total = total;
     }
 }
+
+static void OF(attend_heads)(
+    const NUMBER *asking, OF(context) beginning, OF(context) own, NUMBER *result, float scale,
+    int64_t heads, int64_t size) {
+    for (int64_t head = 0; head < heads; head++) {
+        float query[MOST_HEAD_NUMBERS];
+        OF(seen) seen = {-INFINITY, 0, {0}};
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) query[i] = LOAD(asking[head * size + i]) * scale;
+        OF(look_at)(&seen, query, beginning, size);
+        OF(look_at)(&seen, query, own, size);
+        NUMBER *mixed = result + head * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) mixed[i] = STORE(seen.mixed[i] / seen.total);
+    }
+}
+#endif
 
 /* Attention of one more token of every sequence, whose keys and values it keeps.
  *
@@ -191,33 +219,22 @@ void OF(attend_next)(
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t group = 0; group < groups; group++) {
             const NUMBER *all = heads + row * (queries + 2 * groups) * size;
-            NUMBER *keys = own_keys + (row * groups + group) * room * size;
-            NUMBER *values = own_values + (row * groups + group) * room * size;
+            int64_t before = group * shared * size, place = (row * groups + group) * room * size;
             int64_t length = lengths[row];
+            OF(context) beginning = {shared_keys + before, shared_values + before, shared};
+            OF(context) own = {own_keys + place, own_values + place, length + 1};
             memcpy(
-                keys + length * size, all + (queries + group) * size, size * sizeof(NUMBER));
-            memcpy(
-                values + length * size, all + (queries + groups + group) * size,
+                own_keys + place + length * size, all + (queries + group) * size,
                 size * sizeof(NUMBER));
-            for (int64_t head = group * each; head < (group + 1) * each; head++) {
-                float query[MOST_HEAD_NUMBERS];
-                OF(seen) seen = {-INFINITY, 0, {0}};
-#pragma omp simd
-                for (int64_t i = 0; i < size; i++) query[i] = LOAD(all[head * size + i]) * scale;
-                if (shared) {
-                    OF(look_at)(
-                        &seen, query, shared_keys + group * shared * size,
-                        shared_values + group * shared * size, shared, size);
-                }
-                OF(look_at)(&seen, query, keys, values, length + 1, size);
-                NUMBER *mixed = result + (row * queries + head) * size;
-#pragma omp simd
-                for (int64_t i = 0; i < size; i++) mixed[i] = STORE(seen.mixed[i] / seen.total);
-            }
+            memcpy(
+                own_values + place + length * size, all + (queries + groups + group) * size,
+                size * sizeof(NUMBER));
+            OF(attend_heads)(
+                all + group * each * size, beginning, own,
+                result + (row * queries + group * each) * size, scale, each, size);
         }
     }
 }
-#endif
 
 /* Softmax, in place, of scale · scores [rows, keys] over the keys that a query may see: `prefix` of
  * them, and of its own row of `columns` tokens those up to its own place, row modulo columns. There

@@ -851,14 +851,12 @@ typedef struct {
     float mixed[TILE][MOST_HEAD_NUMBERS];
 } all_seen;
 
-/* Takes `count` keys [count, size] and their values in. */
 static inline void look_at_all(
-    all_seen *seen, const matrix asking, float scale, const bf16 *keys, const bf16 *values,
-    int64_t count) {
+    all_seen *seen, const matrix asking, float scale, const context_bf16 context) {
     int64_t size = asking.width;
-    for (int64_t start = 0; start < count; start += KEY_BLOCK) {
-        int64_t some = count - start < KEY_BLOCK ? count - start : KEY_BLOCK;
-        const matrix block = {keys + start * size, some, size, size};
+    for (int64_t start = 0; start < context.count; start += KEY_BLOCK) {
+        int64_t left = context.count - start, some = left < KEY_BLOCK ? left : KEY_BLOCK;
+        const matrix block = {context.keys + start * size, some, size, size};
         float scores[TILE][KEY_BLOCK], shrink[TILE];
         for (int64_t key = 0; key < some; key += TILE) {
             __m512 sums[TILE][TILE];
@@ -893,7 +891,7 @@ static inline void look_at_all(
                     _mm512_loadu_ps(seen->mixed[q] + i), _mm512_set1_ps(shrink[q]));
             }
             for (int64_t k = 0; k < some; k++) {
-                const bf16 *value = values + (start + k) * size + i;
+                const bf16 *value = context.values + (start + k) * size + i;
                 __m512 wide = widened(_mm256_maskz_loadu_epi16(there, value));
 #pragma GCC unroll 4
                 for (int q = 0; q < TILE; q++) {
@@ -906,42 +904,25 @@ static inline void look_at_all(
     }
 }
 
-/* As in native_kernels.h; queries with the same keys are taken together. */
-void attend_next_bf16(
-    const bf16 *heads, const bf16 *shared_keys, const bf16 *shared_values, bf16 *own_keys,
-    bf16 *own_values, const int64_t *lengths, bf16 *result, float scale, int64_t rows,
-    int64_t queries, int64_t groups, int64_t size, int64_t shared, int64_t room) {
-    int64_t each = queries / groups;
-#pragma omp parallel for collapse(2)
-    for (int64_t row = 0; row < rows; row++) {
-        for (int64_t group = 0; group < groups; group++) {
-            const bf16 *all = heads + row * (queries + 2 * groups) * size;
-            bf16 *keys = own_keys + (row * groups + group) * room * size;
-            bf16 *values = own_values + (row * groups + group) * room * size;
-            int64_t length = lengths[row], before = group * shared * size;
-            /* From memory they would come too late otherwise. */
-            for (int64_t i = 0; i < length * size; i += 32) {
-                _mm_prefetch((const char *)(keys + i), _MM_HINT_T0);
-                _mm_prefetch((const char *)(values + i), _MM_HINT_T0);
-            }
-            memcpy(keys + length * size, all + (queries + group) * size, size * sizeof(bf16));
-            memcpy(
-                values + length * size, all + (queries + groups + group) * size,
-                size * sizeof(bf16));
-            for (int64_t first = 0; first < each; first += TILE) {
-                int64_t head = group * each + first;
-                int64_t some = each - first < TILE ? each - first : TILE;
-                const matrix asking = {all + head * size, some, size, size};
-                all_seen seen = {
-                    {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0}, {{0}}};
-                look_at_all(&seen, asking, scale, shared_keys + before, shared_values + before, shared);
-                look_at_all(&seen, asking, scale, keys, values, length + 1);
-                for (int64_t q = 0; q < some; q++) {
-                    bf16 *mixed = result + (row * queries + head + q) * size;
-                    for (int64_t i = 0; i < size; i++) {
-                        mixed[i] = store_bf16(seen.mixed[q][i] / seen.total[q]);
-                    }
-                }
+/* As in native_kernels.h, of several heads at once. */
+static void attend_heads_bf16(
+    const bf16 *asking, context_bf16 beginning, context_bf16 own, bf16 *result, float scale,
+    int64_t heads, int64_t size) {
+    /* From memory they would come too late otherwise. */
+    for (int64_t i = 0; i < own.count * size; i += 32) {
+        _mm_prefetch((const char *)(own.keys + i), _MM_HINT_T0);
+        _mm_prefetch((const char *)(own.values + i), _MM_HINT_T0);
+    }
+    for (int64_t first = 0; first < heads; first += TILE) {
+        int64_t some = heads - first < TILE ? heads - first : TILE;
+        const matrix queries = {asking + first * size, some, size, size};
+        all_seen seen = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0}, {{0}}};
+        look_at_all(&seen, queries, scale, beginning);
+        look_at_all(&seen, queries, scale, own);
+        for (int64_t q = 0; q < some; q++) {
+            bf16 *mixed = result + (first + q) * size;
+            for (int64_t i = 0; i < size; i++) {
+                mixed[i] = store_bf16(seen.mixed[q][i] / seen.total[q]);
             }
         }
     }
