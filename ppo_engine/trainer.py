@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppo_engine.advantages import gae, grpo, length_adaptive_lam, rloo
+from ppo_engine.allocator import keep_freed_memory
 from ppo_engine.config import AdvantageEstimator, TrainConfig
 from ppo_engine.errors import SelfCheckFailed
 from ppo_engine.health import Health, firing_event, self_check_event
@@ -78,6 +79,8 @@ class Trainer:
         seed: int,
         validation: Sequence[EncodedPrompt] = (),
     ) -> None:
+        if policy.device.type == "cpu":
+            keep_freed_memory()
         self.policy = policy
         self.config = config
         self.progress = Progress()
