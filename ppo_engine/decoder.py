@@ -15,7 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
-from ppo_engine.linear_groups import AdapterSet, GroupAdapters, LinearGroup
+from ppo_engine.flat_weights import FlatWeights
+from ppo_engine.linear_groups import (
+    AdapterSet,
+    GroupAdapters,
+    GroupGradients,
+    LinearGroup,
+)
 from ppo_engine.native import kernels_for
 from ppo_engine.packing import Packed
 
@@ -129,24 +135,29 @@ class Decoder:
         packed: Packed,
         *,
         adapter: str | None,
+        trained: FlatWeights | None = None,
         boundary: Tensor | None = None,
         collected: list[Tensor] | None = None,
     ) -> Tensor:
         """Last hidden states that are read, [num_kept, H]; tokens are the batch, [B, S].
 
-        Differentiable in the adapter's weights where they may be trained.  `boundary` [B, S, H]
+        Differentiable in the adapter's weights where they may be trained: in each of them, or,
+        where `trained` holds them all, in its one tensor, which is faster.  `boundary` [B, S, H]
         saves the layers that no adapter touches: see `boundary`.  `collected` takes every layer's
         queries, keys and values, [N, (heads + 2·kv)·d].
         """
         parameters = self._adapter_set(adapter).parameters
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        work = self._work(packed, adapter, collected)
+        leaves: list[nn.Parameter] = []
+        if is_trained:
+            leaves = parameters if trained is None else [trained.together]
+        work = self._work(packed, adapter, trained, collected)
         kept: list[_Kept] | None = [] if is_trained else None
         if boundary is None:
             first, hidden = 0, self.embedded(tokens.flatten()[packed.sources])
         else:
             first, hidden = self.lowest_adapted, boundary.flatten(0, 1)[packed.sources]
-        states: Tensor = _Stack.apply(work, kept, first, hidden, *parameters)  # type: ignore[no-untyped-call]
+        states: Tensor = _Stack.apply(work, kept, first, hidden, *leaves)  # type: ignore[no-untyped-call]
         return states[: packed.num_kept]
 
     @torch.no_grad()
@@ -156,20 +167,27 @@ class Decoder:
         It is the same with every adapter and before and after every pass, so once per rollout is
         enough.
         """
-        work = self._work(packed, None, None)
+        work = self._work(packed, None, None, None)
         hidden = self.embedded(tokens.flatten()[packed.sources])
         for number in range(self.lowest_adapted):
             hidden = _forward_layer(work, number, hidden, None, is_last=False)
         return packed.unpacked(hidden, tokens.shape)
 
-    def _work(self, packed: Packed, adapter: str | None, collected: list[Tensor] | None) -> "_Work":
+    def _work(
+        self,
+        packed: Packed,
+        adapter: str | None,
+        trained: FlatWeights | None,
+        collected: list[Tensor] | None,
+    ) -> "_Work":
         return _Work(
             decoder=self,
             packed=packed,
             rotation=self.rotation(packed.positions),
             attention=attention_over(packed, self.shape, self.norm),
             adapters=self.group_adapters(adapter),
-            scales=self._adapter_set(adapter).scales,
+            adapter_set=self._adapter_set(adapter),
+            trained=trained,
             collected=collected,
         )
 
@@ -209,8 +227,8 @@ class _Work(NamedTuple):
     rotation: Rotation
     attention: Attention
     adapters: list[list[GroupAdapters]]
-    scales: list[float]
-    """Of each adapter in turn."""
+    adapter_set: AdapterSet
+    trained: FlatWeights | None
     collected: list[Tensor] | None
 
 
@@ -238,7 +256,7 @@ class _Stack(torch.autograd.Function):
         kept: list[_Kept] | None,
         first: int,
         hidden: Tensor,
-        *_parameters: Tensor,
+        *_leaves: Tensor,
     ) -> Tensor:
         last = len(work.decoder.layers) - 1
         for number in range(first, last + 1):
@@ -248,24 +266,25 @@ class _Stack(torch.autograd.Function):
         return normed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         work: _Work = ctx.work
         decoder = work.decoder
-        of_hidden = _norm_backward(gradients[0], ctx.hidden, decoder.norm, ctx.inverse)
-        of_parameters: list[list[Tensor]] = []
+        of_hidden = _norm_backward(upstream[0], ctx.hidden, decoder.norm, ctx.inverse)
+        found = work.adapter_set.gradients(work.trained)
         # Below the lowest adapter nothing needs a gradient.
         for number in reversed(range(decoder.lowest_adapted, len(decoder.layers))):
-            of_hidden, found = _backward_layer(
+            each = len(decoder.layers[number].groups)
+            of_hidden = _backward_layer(
                 work,
                 number,
                 ctx.kept[number - ctx.first],
                 of_hidden,
+                found.groups[number * each : (number + 1) * each],
                 is_last=number == len(decoder.layers) - 1,
             )
-            of_parameters.append(found)
-        flat = [each for found in reversed(of_parameters) for each in found]
-        torch._foreach_mul_(flat[1::2], work.scales)
-        return (None, None, None, None, *flat)
+        found.gather()
+        of_leaves = found.views() if work.trained is None else [found.together]
+        return (None, None, None, None, *of_leaves)
 
 
 def _forward_layer(
@@ -295,33 +314,34 @@ def _forward_layer(
 
 
 def _backward_layer(
-    work: _Work, number: int, kept: _Kept, of_outputs: Tensor, *, is_last: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """∂/∂inputs, and ∂/∂A, ∂/∂B of every adapter of the layer in turn."""
+    work: _Work,
+    number: int,
+    kept: _Kept,
+    of_outputs: Tensor,
+    gradients: list[GroupGradients],
+    *,
+    is_last: bool,
+) -> Tensor:
+    """∂/∂inputs; leaves those of the adapters in `gradients`."""
     decoder, layer = work.decoder, work.decoder.layers[number]
-    adapters = work.adapters[number]
-    of_gated, of_down = layer.down.backward(
-        of_outputs, gated(kept.gate_up), kept.inner[3], adapters[3]
-    )
+    groups = zip(kept.inner, work.adapters[number], gradients, strict=True)
+    qkv, output, gate_up, down = groups
+    of_gated = layer.down.backward(of_outputs, gated(kept.gate_up), *down)
     of_gate_up = _gated_backward(of_gated, kept.gate_up)
     normed, inverse = rms_norm(kept.middle, layer.mlp_norm, decoder.epsilon)
-    of_normed, of_gates = layer.gate_up.backward(of_gate_up, normed, kept.inner[2], adapters[2])
+    of_normed = layer.gate_up.backward(of_gate_up, normed, *gate_up)
     of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, inverse, onto=of_outputs)
     result = kept.attended.result
     if is_last:
         result = result[work.packed.kept]
-    of_result, of_output = layer.output.backward(of_middle, result, kept.inner[1], adapters[1])
+    of_result = layer.output.backward(of_middle, result, *output)
     if is_last:
         of_middle, of_result = (_spread(each, work.packed) for each in (of_middle, of_result))
     of_qkv = work.attention.backward(kept.qkv, kept.attended, of_result)
     work.rotation.turn_back(of_qkv, decoder.shape)
     normed, inverse = rms_norm(kept.inputs, layer.attention_norm, decoder.epsilon)
-    of_normed, of_projections = layer.qkv.backward(of_qkv, normed, kept.inner[0], adapters[0])
-    found = [*of_projections, *of_output, *of_gates, *of_down]
-    of_inputs = _norm_backward(
-        of_normed, kept.inputs, layer.attention_norm, inverse, onto=of_middle
-    )
-    return of_inputs, found
+    of_normed = layer.qkv.backward(of_qkv, normed, *qkv)
+    return _norm_backward(of_normed, kept.inputs, layer.attention_norm, inverse, onto=of_middle)
 
 
 def _spread(values: Tensor, packed: Packed) -> Tensor:

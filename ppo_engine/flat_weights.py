@@ -1,6 +1,7 @@
 """Many trained tensors as one: an optimizer's work on each would be small beside starting it."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,15 @@ class FlatWeights:
         for name, view in self.split(together).items():
             self.parameters[name].data = view
         self.together = nn.Parameter(together)
-        """[Σ numbers]; its gradient is there between `gather_gradients` and `drop_gradients`."""
-        self._gradient: Tensor | None = None
-        """Room that is kept: so much new memory for every pass would cost more than the work."""
-        self._gradients: list[Tensor] = []
-        """Its parts, parameter by parameter."""
+        """[Σ numbers]; its gradient is whole between `gather_gradients` and `drop_gradients`."""
+        sizes = (each.numel() for each in self.parameters.values())
+        self._starts = dict(
+            zip(map(id, self.parameters.values()), accumulate(sizes, initial=0), strict=False)
+        )
+
+    def start_of(self, parameter: nn.Parameter) -> int:
+        """Number of the parameter's first number in the one tensor."""
+        return self._starts[id(parameter)]
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of numbers laid out like the weights, in the parameters' shapes, by name."""
@@ -37,23 +42,18 @@ class FlatWeights:
         return torch.cat(parts).to(self.together.device)
 
     def gather_gradients(self) -> None:
-        """Moves the parameters' gradients to the one tensor; where none has any, it has none."""
-        found = [each.grad for each in self.parameters.values()]
-        self.drop_gradients()
-        if all(gradient is None for gradient in found):
+        """Moves the parameters' gradients to the one tensor, onto what it has already."""
+        found = {name: each.grad for name, each in self.parameters.items() if each.grad is not None}
+        if not found:
             return
-        if self._gradient is None:
-            self._gradient = torch.empty_like(self.together, requires_grad=False)
-            self._gradients = list(self.split(self._gradient).values())
-        pairs = list(zip(self._gradients, found, strict=True))
-        torch._foreach_copy_(  # what optimizers, too, call for many small tensors
-            [part for part, gradient in pairs if gradient is not None],
-            [gradient for _, gradient in pairs if gradient is not None],
-        )
-        for part, gradient in pairs:
-            if gradient is None:
-                part.zero_()
-        self.together.grad = self._gradient
+        gathered = self.together.grad
+        if gathered is None:
+            self.together.grad = gathered = torch.zeros_like(self.together)
+        views = self.split(gathered)
+        # What optimizers, too, call for many small tensors.
+        torch._foreach_add_([views[name] for name in found], list(found.values()))
+        for each in self.parameters.values():
+            each.grad = None
 
     def gradient_parts(self) -> tuple[Tensor, ...]:
         """Of the one tensor; a norm over each is exact enough."""

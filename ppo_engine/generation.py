@@ -193,8 +193,8 @@ class _ColumnLinear:
         result = self._group.weight @ columns
         if self._group.bias is not None:
             result += self._group.bias[:, None]
-        if self._adapters.down is not None:
-            inner = self._adapters.down @ columns
+        if (low_rank := self._adapters.low_rank) is not None:
+            inner = low_rank.down @ columns
             for part, rank, up in self._adapters.additions:
                 result[part].addmm_(up, inner[rank])
         return result.t() if onto is None else onto + result.t()
@@ -207,12 +207,13 @@ class _NativeLinear:
         kernels = product_kernels_for(group.weight)
         assert kernels is not None  # noqa: S101 - or another kind was chosen
         self._kernels = kernels
-        self._weight, self._down = group.weight, adapters.down
+        self._weight = group.weight
         self._bias = None if group.bias is None else group.bias.float()
-        self._up = None
-        if adapters.down is not None:
+        self._down: Tensor | None = None
+        self._up: Tensor | None = None
+        if adapters.low_rank is not None:
             (addition,) = adapters.joined(len(group.weight)).additions
-            self._up = addition.up.contiguous()
+            self._down, self._up = adapters.low_rank.down, addition.up.contiguous()
 
     def outputs(self, inputs: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """[N, Σ out] of [N, in], added to `onto`."""
@@ -230,8 +231,8 @@ class _PackedLinear:
     def __init__(self, group: LinearGroup, adapters: GroupAdapters) -> None:
         weight = group.weight
         self._down = None
-        if adapters.down is not None:
-            self._down = PackedWeight(adapters.down)
+        if adapters.low_rank is not None:
+            self._down = PackedWeight(adapters.low_rank.down)
             (addition,) = adapters.joined(len(weight)).additions
             weight = torch.cat([weight, addition.up], dim=1)
         self._weight, self._bias = PackedWeight(weight), group.bias

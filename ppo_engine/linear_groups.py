@@ -1,15 +1,19 @@
 """Linear layers that read the same input, with their low-rank adapters, forward and backward."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from ppo_engine.flat_weights import FlatWeights
 from ppo_engine.native import (
     MOST_RANKS,
     Conversion,
+    GradientRoom,
     Kernels,
     LowRank,
     Part,
@@ -66,54 +70,49 @@ class LinearGroup:
 
         `onto` [N, Σ out] is added to the outputs.
         """
-        weight, bias = self.weight.t(), self.bias
+        bias, low_rank = self.bias, adapters.low_rank
         if (kernels := adapters.product_kernels(inputs)) is not None:
-            inner = None if adapters.down is None else kernels.product(inputs, adapters.down)
-            result = kernels.large_product(
-                inputs,
-                weight,
-                low_rank=None if inner is None else LowRank(inner, adapters.ups, adapters.parts),
-                bias=None if bias is None else bias.float(),
-                onto=onto,
-            )
-            return result, inner
-        base = bias if onto is None else onto
+            bias = None if bias is None else bias.float()
+            if low_rank is not None:
+                return kernels.group_forward(inputs, self.weight, low_rank, bias=bias, onto=onto)
+            return kernels.large_product(inputs, self.weight.t(), bias=bias, onto=onto), None
+        weight, base = self.weight.t(), bias if onto is None else onto
         result = product(inputs, weight) if base is None else torch.addmm(base, inputs, weight)
         if onto is not None and bias is not None:
             result += bias
-        if adapters.down is None:
+        if low_rank is None:
             return result, None
-        inner = inputs @ adapters.down.t()
+        inner = inputs @ low_rank.down.t()
         for columns, rank, up in adapters.additions:
             result[:, columns].addmm_(inner[:, rank], up.t())
         return result, inner
 
     def backward(
-        self, of_outputs: Tensor, inputs: Tensor, inner: Tensor | None, adapters: "GroupAdapters"
-    ) -> tuple[Tensor, list[Tensor]]:
-        """∂/∂inputs, and ∂/∂A, ∂/∂(scale·B) of every adapter in turn, fp32."""
-        kernels = adapters.product_kernels(inputs)
-        if adapters.down is None or inner is None:
+        self,
+        of_outputs: Tensor,
+        inputs: Tensor,
+        inner: Tensor | None,
+        adapters: "GroupAdapters",
+        gradients: "GroupGradients",
+    ) -> Tensor:
+        """∂/∂inputs; leaves ∂/∂A and ∂/∂B of every adapter in `gradients`."""
+        kernels, low_rank = adapters.product_kernels(inputs), adapters.low_rank
+        if low_rank is None or inner is None:
             if kernels is not None:
-                return kernels.large_product(of_outputs, self.weight), []
-            return of_outputs @ self.weight, []
-        of_inner = torch.empty_like(inner)
+                return kernels.large_product(of_outputs, self.weight)
+            return of_outputs @ self.weight
         if kernels is not None:
-            for columns, rank, up in adapters.additions:
-                kernels.product(of_outputs[:, columns], up.t(), out=of_inner[:, rank])
-            everything = ((0, inputs.shape[1], 0, len(adapters.down)),)
-            of_inputs = kernels.large_product(
-                of_outputs, self.weight, low_rank=LowRank(of_inner, adapters.down, everything)
+            return kernels.group_backward(
+                of_outputs, inputs, inner, self.weight, low_rank, gradients.room
             )
-        else:
-            for columns, rank, up in adapters.additions:
-                torch.mm(of_outputs[:, columns], up, out=of_inner[:, rank])
-            of_inputs = (of_outputs @ self.weight).addmm_(of_inner, adapters.down)
+        of_inner = torch.empty_like(inner)
+        for columns, rank, up in adapters.additions:
+            torch.mm(of_outputs[:, columns], up, out=of_inner[:, rank])
         of_down = _weight_gradient(of_inner, inputs)
-        found = []
         for columns, rank, _ in adapters.additions:
-            found += [of_down[rank], _weight_gradient(of_outputs[:, columns], inner[:, rank])]
-        return of_inputs, found
+            of_up = _weight_gradient(of_outputs[:, columns], inner[:, rank])
+            gradients.elsewhere.extend((of_down[rank], of_up))
+        return (of_outputs @ self.weight).addmm_(of_inner, low_rank.down)
 
 
 def _weight_gradient(of_outputs: Tensor, inputs: Tensor) -> Tensor:
@@ -137,64 +136,104 @@ class Addition(NamedTuple):
     """scale·B, [out, r]."""
 
 
-class GroupAdapters(NamedTuple):
+class GroupAdapters:
     """A group's adapters in the model's format, ready for its products."""
 
-    down: Tensor | None
-    """Every A, [Σ r, in]; None without an adapter."""
-    ups: Tensor | None
-    """Every (scale·B)ᵀ, flat; None without an adapter."""
-    additions: tuple[Addition, ...]
-    parts: tuple[Part, ...]
-    """Where the additions go."""
+    def __init__(self, low_rank: LowRank | None) -> None:
+        self.low_rank = low_rank
+        """Every A, every (scale·B)ᵀ and where each adds; None without an adapter."""
+
+    @cached_property
+    def additions(self) -> tuple[Addition, ...]:
+        """Of each adapter in turn."""
+        if self.low_rank is None:
+            return ()
+        ups = self.low_rank.ups.split([_numbers(part) for part in self.low_rank.parts])
+        return tuple(
+            Addition(slice(first, end), slice(rank, end_rank), up.view(end_rank - rank, -1).t())
+            for (first, end, rank, end_rank), up in zip(self.low_rank.parts, ups, strict=True)
+        )
 
     def product_kernels(self, inputs: Tensor) -> Kernels | None:
         """Those that make the group's large products, if there are any."""
-        if self.down is not None and len(self.down) > MOST_RANKS:
+        if self.low_rank is not None and len(self.low_rank.down) > MOST_RANKS:
             return None
         return large_product_kernels_for(inputs)
 
     def joined(self, width: int) -> "GroupAdapters":
         """The same with one addition to all `width` columns: fewer products, though larger."""
-        if self.down is None:
+        if self.low_rank is None:
             return self
-        ups = self.down.new_zeros(len(self.down), width)
+        down = self.low_rank.down
+        ups = down.new_zeros(len(down), width)
         for columns, rank, up in self.additions:
             ups[rank, columns] = up.t()
-        everything = Addition(slice(0, width), slice(0, len(ups)), ups.t())
-        return GroupAdapters(self.down, ups, (everything,), ((0, width, 0, len(ups)),))
+        return GroupAdapters(LowRank(down, ups.flatten(), ((0, width, 0, len(down)),)))
 
 
-NO_ADAPTERS = GroupAdapters(None, None, (), ())
+def _numbers(part: Part) -> int:
+    """In the part's B."""
+    first, end, first_rank, end_rank = part
+    return (end - first) * (end_rank - first_rank)
 
 
-class _Place(NamedTuple):
-    """What is known of a group's adapters before their numbers are."""
+NO_ADAPTERS = GroupAdapters(None)
 
-    parts: tuple[Part, ...]
-    sizes: tuple[int, ...]
-    """Numbers in each B."""
 
-    @classmethod
-    def of(cls, adapters: Sequence[tuple[slice, Adapter]]) -> "_Place":
-        parts, rank = [], 0
-        for columns, adapter in adapters:
-            end = rank + len(adapter.a)
-            parts.append((columns.start, columns.stop, rank, end))
-            rank = end
-        return cls(tuple(parts), tuple(adapter.b.numel() for _, adapter in adapters))
+class GroupGradients(NamedTuple):
+    """Where a group's backward pass leaves ∂/∂A and ∂/∂B of its adapters."""
 
-    def adapters(self, downs: Tensor, ups: Tensor) -> GroupAdapters:
-        """Of every A and every (scale·B)ᵀ, flat."""
-        if not self.parts:
-            return NO_ADAPTERS
-        additions = [
-            Addition(slice(first, end), slice(rank, end_rank), up.view(end_rank - rank, -1).t())
-            for (first, end, rank, end_rank), up in zip(
-                self.parts, ups.split(self.sizes), strict=True
-            )
+    room: GradientRoom
+    """For kernels, which put them in place."""
+    elsewhere: list[Tensor]
+    """∂/∂A and ∂/∂(scale·B) of each adapter in turn, where they are found otherwise."""
+
+
+class _Places(NamedTuple):
+    """Where the adapters' gradients go, in one tensor."""
+
+    size: int
+    """Numbers in the tensor."""
+    starts: tuple[int, ...]
+    """Where each begins: A and B of every adapter in turn."""
+    by_group: tuple[Tensor, ...]
+    """The same of each group, [adapters, 2]."""
+
+
+class AdapterGradients:
+    """∂/∂A and ∂/∂B of all adapters of a set, in one tensor: what a backward pass fills."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], places: _Places, scales: Sequence[Tensor]
+    ) -> None:
+        """`scales`: those of each group's adapters."""
+        self._parameters, self._places, self._scales = parameters, places, scales
+        covered = sum(each.numel() for each in parameters)
+        make = torch.empty if covered == places.size else torch.zeros
+        self.together = make(places.size, device=parameters[0].device)
+        """[Σ numbers] fp32."""
+        self.groups = [
+            GroupGradients(GradientRoom(self.together, of_group, factors), [])
+            for of_group, factors in zip(places.by_group, scales, strict=True)
         ]
-        return GroupAdapters(downs.view(self.parts[-1][-1], -1), ups, tuple(additions), self.parts)
+        """In the order of the set's groups."""
+
+    def views(self) -> list[Tensor]:
+        """Of A and B of every adapter in turn, in their shapes."""
+        return [
+            self.together[start : start + each.numel()].view(each.shape)
+            for each, start in zip(self._parameters, self._places.starts, strict=True)
+        ]
+
+    def gather(self) -> None:
+        """Puts those that were found elsewhere in place; once."""
+        found = [each for group in self.groups for each in group.elsewhere]
+        if not found:
+            return
+        # What optimizers, too, call for many small tensors.
+        views, scales = self.views(), torch.cat(list(self._scales)).tolist()
+        torch._foreach_copy_(views, found)
+        torch._foreach_mul_(views[1::2], scales)
 
 
 class AdapterSet:
@@ -202,12 +241,11 @@ class AdapterSet:
 
     def __init__(self, groups: Sequence[LinearGroup], name: str | None) -> None:
         found = [group.adapters(name) for group in groups]
-        adapters = [adapter for of_group in found for _, adapter in of_group]
-        self.parameters = [weight for each in adapters for weight in (each.a, each.b)]
+        self.parameters = [weight for group in found for _, x in group for weight in (x.a, x.b)]
         """A and B of every adapter in turn."""
-        self.scales = [each.scale for each in adapters]
-        """Of every adapter in turn."""
-        self._places = [_Place.of(of_group) for of_group in found]
+        self._parts = [_parts_of(of_group) for of_group in found]
+        self._scales = [torch.tensor([x.scale for _, x in of_group]) for of_group in found]
+        self._places: dict[FlatWeights | None, _Places] = {}
         self._sizes: list[int] = []
         """Numbers in every A, and in every B, of each group in turn."""
         self._sources: list[nn.Parameter] = []
@@ -229,14 +267,32 @@ class AdapterSet:
     def prepared(self, dtype: torch.dtype) -> list[GroupAdapters]:
         """Of each group, as its adapters are now."""
         if not self._sources:
-            return [NO_ADAPTERS] * len(self._places)
+            return [NO_ADAPTERS] * len(self._parts)
         flat = self._sources[0].new_empty(sum(self._sizes), dtype=dtype, requires_grad=False)
         self._convert_to(flat)
-        parts = flat.split(self._sizes)
+        numbers = flat.split(self._sizes)
         return [
-            place.adapters(downs, ups)
-            for place, downs, ups in zip(self._places, parts[::2], parts[1::2], strict=True)
+            GroupAdapters(LowRank(downs.view(parts[-1][-1], -1), ups, parts))
+            if parts
+            else NO_ADAPTERS
+            for parts, downs, ups in zip(self._parts, numbers[::2], numbers[1::2], strict=True)
         ]
+
+    def gradients(self, weights: FlatWeights | None) -> AdapterGradients:
+        """Room for them: laid out like the one tensor of the weights, or one after the other."""
+        if weights not in self._places:
+            self._places[weights] = self._placed(weights)
+        return AdapterGradients(self.parameters, self._places[weights], self._scales)
+
+    def _placed(self, weights: FlatWeights | None) -> _Places:
+        if weights is None:
+            *starts, size = accumulate((x.numel() for x in self.parameters), initial=0)
+        else:
+            starts = [weights.start_of(each) for each in self.parameters]
+            size = weights.together.numel()
+        pairs = torch.tensor(starts).view(-1, 2)
+        by_group = pairs.split([len(parts) for parts in self._parts])
+        return _Places(size, tuple(starts), tuple(each.contiguous() for each in by_group))
 
     def _convert_to(self, flat: Tensor) -> None:
         """Sets it to every A and every (scale·B)ᵀ of each group in turn."""
@@ -259,6 +315,15 @@ class AdapterSet:
         ]
         factors = [each.factor for each in self._conversions]
         torch._foreach_copy_(targets, torch._foreach_mul(sources, factors))  # noqa: SLF001
+
+
+def _parts_of(adapters: Sequence[tuple[slice, Adapter]]) -> tuple[Part, ...]:
+    """Where the additions of a group's adapters go."""
+    ends = list(accumulate((len(adapter.a) for _, adapter in adapters), initial=0))
+    return tuple(
+        (columns.start, columns.stop, first, end)
+        for (columns, _), first, end in zip(adapters, ends, ends[1:], strict=False)
+    )
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:

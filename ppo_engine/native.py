@@ -21,7 +21,7 @@ MOST_KEYS = 1024
 MOST_SEEN = 256
 """The most keys that `attend_rows` takes."""
 MOST_RANKS = 1536
-"""The most columns of `LowRank.inner`."""
+"""The most rows of `LowRank.down`."""
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """By what PyTorch takes the processor to be capable of, best first; others have one for all."""
@@ -43,8 +43,10 @@ _ARGUMENTS = {
     "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 6),
     "large_product": (*[_POINTER] * 7, _REAL, *[_POINTER] * 2, *[_COUNT] * 9),
     "gradient": (*[_POINTER] * 3, *[_COUNT] * 6),
+    "group_forward": (*[_POINTER] * 9, *[_COUNT] * 5),
+    "group_backward": (*[_POINTER] * 12, *[_COUNT] * 5),
 }
-"""The last five in bf16 alone, where the processor has instructions for it."""
+"""The last seven in bf16 alone, where the processor has instructions for it."""
 
 
 def kernels_for(tensor: Tensor) -> "Kernels | None":
@@ -108,12 +110,16 @@ Part = tuple[int, int, int, int]
 
 
 class LowRank(NamedTuple):
-    """Products of columns of `inner` with matrices, each onto columns of a result."""
+    """Low-rank additions to the products of layers that read the same input, bf16.
 
-    inner: Tensor
-    """[N, Σ r] bf16."""
-    ups: Tensor | None
-    """The matrices [r, columns] one after the other, bf16."""
+    Each takes some columns of the inner values, rows·Downᵀ, times a matrix, onto some columns of
+    the result.
+    """
+
+    down: Tensor
+    """[Σ r, in]."""
+    ups: Tensor
+    """The matrices [r, columns] one after the other."""
     parts: tuple[Part, ...]
     """Of each matrix; they follow one upon the other."""
 
@@ -121,6 +127,17 @@ class LowRank(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
     return torch.tensor(parts, dtype=torch.int64)
+
+
+class GradientRoom(NamedTuple):
+    """Where the gradients of low-rank additions go."""
+
+    gradients: Tensor
+    """fp32."""
+    places: Tensor
+    """Where those of a part of `down`, and of a matrix, transposed, begin there; [parts, 2]."""
+    scales: Tensor
+    """Factor on the latter, [parts] fp32."""
 
 
 class Conversion(NamedTuple):
@@ -386,13 +403,12 @@ class Kernels:
         left: Tensor,
         right: Tensor,
         *,
-        low_rank: LowRank | None = None,
         bias: Tensor | None = None,
         onto: Tensor | None = None,
         divisor: float = 1,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Tensor:
-        """(left·right + the low-rank product + bias + onto)/divisor, [N, M] bf16 or fp32.
+        """(left·right + bias + onto)/divisor, [N, M] bf16 or fp32.
 
         left [N, K] and right [K, M], which may be a transpose; the bias [M] is fp32, `onto` [N, M]
         bf16; summed up in fp32.  For many rows: there a part of the right factor is brought into
@@ -401,14 +417,11 @@ class Kernels:
         is_transposed = right.stride(0) == 1
         result = torch.empty(left.shape[0], right.shape[1], dtype=dtype)
         is_wide, left = dtype == torch.float32, _with_whole_rows(left)
-        inner, ups, parts = low_rank or (None, None, ())
         self._call(
             "large_product",
             left,
             right,
-            inner,
-            ups,
-            _numbers_of(parts) if parts else None,
+            *[None] * 3,
             bias,
             None if onto is None else onto.contiguous(),
             divisor,
@@ -416,10 +429,10 @@ class Kernels:
             None if is_wide else result,
             *result.shape,
             left.shape[1],
-            len(parts),
+            0,
             left.stride(0),
             right.stride(1 if is_transposed else 0),
-            0 if inner is None else inner.stride(0),
+            0,
             result.stride(0),
             is_transposed,
         )
@@ -446,3 +459,74 @@ class Kernels:
             is_transposed,
         )
         return result
+
+    def group_forward(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        low_rank: LowRank,
+        *,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """rows·Wᵀ + the low-rank additions + bias + onto, [N, out], and the inner values [N, Σ r].
+
+        rows [N, in], W [out, in]; the bias [out] is fp32, `onto` [N, out] bf16.  There where
+        `product` is, for many rows.
+        """
+        rows, count = rows.contiguous(), rows.shape[0]
+        result = torch.empty(count, weight.shape[0], dtype=rows.dtype)
+        inner = torch.empty(count, low_rank.down.shape[0], dtype=rows.dtype)
+        self._call(
+            "group_forward",
+            rows,
+            weight,
+            low_rank.down,
+            low_rank.ups,
+            _numbers_of(low_rank.parts),
+            bias,
+            None if onto is None else onto.contiguous(),
+            inner,
+            result,
+            *rows.shape,
+            *result.shape[1:],
+            *inner.shape[1:],
+            len(low_rank.parts),
+        )
+        return result, inner
+
+    def group_backward(
+        self,
+        of_outputs: Tensor,
+        rows: Tensor,
+        inner: Tensor,
+        weight: Tensor,
+        low_rank: LowRank,
+        room: "GradientRoom",
+    ) -> Tensor:
+        """∂/∂rows [N, in] of `group_forward`; the other gradients go into the room.
+
+        of_outputs [N, out]; `inner` are its inner values.
+        """
+        of_outputs, rows = of_outputs.contiguous(), rows.contiguous()
+        of_inner, of_rows = torch.empty_like(inner), torch.empty_like(rows)
+        self._call(
+            "group_backward",
+            of_outputs,
+            rows,
+            inner,
+            weight,
+            low_rank.down,
+            low_rank.ups,
+            _numbers_of(low_rank.parts),
+            room.places,
+            room.scales,
+            of_inner,
+            of_rows,
+            room.gradients,
+            *rows.shape,
+            *of_outputs.shape[1:],
+            *inner.shape[1:],
+            len(low_rank.parts),
+        )
+        return of_rows

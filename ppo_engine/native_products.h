@@ -40,6 +40,9 @@
 #define NARROW 4
 #define PAIR_ROWS 512
 
+/* The most low-rank additions of a group of layers. */
+#define MOST_PARTS 8
+
 /* The most keys that `attend_rows` has room for. */
 #define MOST_SEEN 256
 
@@ -533,54 +536,133 @@ static void add_transposed_product(
     }
 }
 
-/* Where a block of sums goes: it begins at a rank and a column of a result [ranks,
- * columns] or, transposed, [columns, ranks]. */
+/* A product leftᵀ·right in fp32, times a factor: of rows of `ranks` numbers and rows of `columns`
+ * numbers, so many numbers apart; the result is [ranks, columns] or, transposed, [columns, ranks]. */
 typedef struct {
+    const bf16 *left, *right;
+    int64_t left_stride, right_stride;
     float *result;
-    int64_t ranks, columns, rank, column;
+    int64_t ranks, columns;
+    float factor;
     int is_transposed;
-} block_target;
+} narrow_product;
 
-static inline void put(const block_target to, const block_sums sums) {
-    int64_t ranks = to.ranks - to.rank < VECTOR ? to.ranks - to.rank : VECTOR;
+static inline void put(
+    const narrow_product *to, const block_sums sums, int64_t rank, int64_t first_column) {
+    int64_t ranks = to->ranks - rank < VECTOR ? to->ranks - rank : VECTOR;
     for (int part = 0; part < NARROW; part++) {
-        int64_t column = to.column + part * VECTOR, columns = to.columns - column;
+        int64_t column = first_column + part * VECTOR, columns = to->columns - column;
         if (columns <= 0) return;
         __m512i found[VECTOR];
-        for (int i = 0; i < VECTOR; i++) found[i] = _mm512_loadu_si512(sums[part][i]);
-        if (!to.is_transposed) {
-            float *place = to.result + to.rank * to.columns + column;
-            for (int64_t i = 0; i < ranks; i++, place += to.columns) {
+        for (int i = 0; i < VECTOR; i++) {
+            __m512 some = _mm512_mul_ps(_mm512_loadu_ps(sums[part][i]), _mm512_set1_ps(to->factor));
+            found[i] = _mm512_castps_si512(some);
+        }
+        if (!to->is_transposed) {
+            float *place = to->result + rank * to->columns + column;
+            for (int64_t i = 0; i < ranks; i++, place += to->columns) {
                 _mm512_mask_storeu_epi32(place, first_of(columns), found[i]);
             }
             continue;
         }
         transpose(found);
-        float *place = to.result + column * to.ranks + to.rank;
-        for (int64_t i = 0; i < VECTOR && i < columns; i++, place += to.ranks) {
+        float *place = to->result + column * to->ranks + rank;
+        for (int64_t i = 0; i < VECTOR && i < columns; i++, place += to->ranks) {
             _mm512_mask_storeu_epi32(place, first_of(ranks), found[i]);
         }
     }
 }
 
-/* leftᵀ·right in fp32, for left [rows, ranks] and right [rows, columns], whose rows are so
- * many numbers apart; the result is [ranks, columns] or, transposed, [columns, ranks]. */
+/* Blocks of sums across a product's columns, and all of them. */
+static inline int64_t blocks_across(const narrow_product *of) {
+    return (of->columns + NARROW * VECTOR - 1) / (NARROW * VECTOR);
+}
+
+static inline int64_t blocks_of(const narrow_product *of) {
+    return (of->ranks + VECTOR - 1) / VECTOR * blocks_across(of);
+}
+
+static inline void find_block(const narrow_product *of, int64_t rows, int64_t block) {
+    int64_t rank = block / blocks_across(of) * VECTOR;
+    int64_t column = block % blocks_across(of) * NARROW * VECTOR;
+    int64_t columns = of->columns - column < NARROW * VECTOR ? of->columns - column : NARROW * VECTOR;
+    int64_t ranks = of->ranks - rank < VECTOR ? of->ranks - rank : VECTOR;
+    block_sums sums;
+    memset(sums, 0, sizeof sums);
+    add_transposed_product(
+        sums, of->left + rank, of->left_stride, of->right + column, of->right_stride, rows, ranks,
+        columns);
+    put(of, sums, rank, column);
+}
+
+/* Products over the same number of rows, shared out together. */
+static void find_narrow_products(const narrow_product *all, int64_t count, int64_t rows) {
+    int64_t blocks = 0, numbers = 0, taken = 0;
+    for (int64_t i = 0; i < count; i++) {
+        blocks += blocks_of(all + i);
+        numbers += rows * all[i].columns;
+    }
+#pragma omp parallel if (numbers > FEW_NUMBERS)
+    for (int64_t share = omp_get_thread_num(); share < blocks; share = take(&taken)) {
+        const narrow_product *of = all;
+        int64_t block = share;
+        for (; block >= blocks_of(of); of++) block -= blocks_of(of);
+        find_block(of, rows, block);
+    }
+}
+
+/* leftᵀ·right in fp32, for left [rows, ranks] and right [rows, columns]. */
 void gradient_bf16(
     const bf16 *left, const bf16 *right, float *result, int64_t rows, int64_t ranks,
     int64_t columns, int64_t left_stride, int64_t right_stride, int64_t is_transposed) {
-#pragma omp parallel for collapse(2) schedule(dynamic) if (rows * columns > FEW_NUMBERS)
-    for (int64_t rank = 0; rank < ranks; rank += VECTOR) {
-        for (int64_t column = 0; column < columns; column += NARROW * VECTOR) {
-            int64_t here = columns - column < NARROW * VECTOR ? columns - column : NARROW * VECTOR;
-            int64_t some = ranks - rank < VECTOR ? ranks - rank : VECTOR;
-            block_sums sums;
-            memset(sums, 0, sizeof sums);
-            add_transposed_product(
-                sums, left + rank, left_stride, right + column, right_stride, rows, some, here);
-            const block_target to = {result, ranks, columns, rank, column, is_transposed != 0};
-            put(to, sums);
-        }
+    const narrow_product all = {
+        left, right, left_stride, right_stride, result, ranks, columns, 1, is_transposed != 0};
+    find_narrow_products(&all, 1, rows);
+}
+
+/* x·Wᵀ + bias + onto and its low-rank additions, for x [rows, width] and W [outputs, width]: inner =
+ * x·Downᵀ [rows, ranks], of which each of `count` parts takes some columns, times its numbers in `ups`
+ * [ranks of its own, columns of its own]. */
+void group_forward_bf16(
+    const bf16 *x, const bf16 *weight, const bf16 *down, const bf16 *ups, const int64_t *parts,
+    const float *bias, const bf16 *onto, bf16 *inner, bf16 *result, int64_t rows, int64_t width,
+    int64_t outputs, int64_t ranks, int64_t count) {
+    product_bf16(
+        x, down, NULL, NULL, NULL, NULL, 1, NULL, inner, rows, ranks, width, 0, width, ranks);
+    large_product_bf16(
+        x, weight, inner, ups, parts, bias, onto, 1, NULL, result, rows, outputs, width, count, width,
+        width, ranks, outputs, 1);
+}
+
+/* Of the same with respect to x, and, in fp32, to each part's numbers of Down [ranks, width] and,
+ * times a scale, of `ups`, there transposed: they go to `gradients`, at two places for each part.
+ * of_inner [rows, ranks] is room. */
+void group_backward_bf16(
+    const bf16 *of_outputs, const bf16 *x, const bf16 *inner, const bf16 *weight, const bf16 *down,
+    const bf16 *ups, const int64_t *parts, const int64_t *places, const float *scales, bf16 *of_inner,
+    bf16 *of_x, float *gradients, int64_t rows, int64_t width, int64_t outputs, int64_t ranks,
+    int64_t count) {
+    const part *all = (const part *)parts;
+    narrow_product found[2 * MOST_PARTS];
+    for (int64_t i = 0; i < count; i++, all++) {
+        int64_t columns = all->end_column - all->first_column, rank = all->first_rank;
+        int64_t own_ranks = all->end_rank - rank;
+        const bf16 *of_part = of_outputs + all->first_column;
+        product_bf16(
+            of_part, ups, NULL, NULL, NULL, NULL, 1, NULL, of_inner + rank, rows, own_ranks, columns, 0,
+            outputs, ranks);
+        ups += own_ranks * columns;
+        found[2 * i] = (narrow_product){
+            of_inner + rank, x, ranks, width, gradients + places[2 * i], own_ranks, width, 1, 0};
+        found[2 * i + 1] = (narrow_product){
+            inner + rank, of_part, ranks, outputs, gradients + places[2 * i + 1], own_ranks, columns,
+            scales[i], 1};
     }
+    const part everything = {0, width, 0, ranks};
+    large_product_bf16(
+        of_outputs, weight, of_inner, down, (const int64_t *)&everything, NULL, NULL, 1, NULL, of_x,
+        rows, width, outputs, 1, outputs, width, ranks, width, 0);
+    find_narrow_products(found, 2 * count, rows);
 }
 
 /* Sequences of one length in qkv [tokens, (queries + 2 · groups) · size], rotated: their tokens stand

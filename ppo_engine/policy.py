@@ -336,15 +336,18 @@ class Policy(CausalPolicy):
         shape: CommonShape | None = None,
         boundary: Tensor | None = None,
         entropy_gradient: bool = True,
+        in_one_tensor: bool = False,
     ) -> Evaluation:
         """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
 
         `shape`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
-        `entropy_gradient` the entropy is a number only.
+        `entropy_gradient` the entropy is a number only.  Differentiable in everything that is
+        trained; `in_one_tensor` says that gradients may go to the one tensor of `FlatWeights` at
+        once, which is faster.
         """
         rows = self._rows(tokens, attention_mask, read_states(response_mask, tokens), shape)
         rows = rows._replace(boundary=boundary)
-        states = self._states(rows, _POLICY)
+        states = self._states(rows, _POLICY, self.adapter_weights if in_one_tensor else None)
         result = head_logprobs(
             states,
             _chosen(tokens, response_mask),
@@ -354,7 +357,10 @@ class Policy(CausalPolicy):
         return Evaluation(
             _scattered(result.logprobs, response_mask),
             _scattered(result.entropy, response_mask),
-            self._values(self._critic_states(states, rows), response_mask),
+            self._values(
+                self._critic_states(states, rows, self.value_weights if in_one_tensor else None),
+                response_mask,
+            ),
         )
 
     @torch.no_grad()
@@ -407,11 +413,20 @@ class Policy(CausalPolicy):
             packed = pack(attention_mask, read, prefix=shape.prefix, pad_to=shape.tokens)
         return _Rows(tokens, attention_mask, read, packed)
 
-    def _states(self, rows: "_Rows", adapter: str | None) -> Tensor:
-        """Last hidden states that are read, [n, H], row by row, with an adapter on or none."""
+    def _states(
+        self, rows: "_Rows", adapter: str | None, trained: FlatWeights | None = None
+    ) -> Tensor:
+        """Last hidden states that are read, [n, H], row by row, with an adapter on or none.
+
+        `trained` holds its weights.
+        """
         if self._decoder is not None and rows.packed is not None:
             return self._decoder.states(
-                rows.tokens, rows.packed, adapter=adapter, boundary=rows.boundary
+                rows.tokens,
+                rows.packed,
+                adapter=adapter,
+                trained=trained,
+                boundary=rows.boundary,
             )
         with self._switched_to(adapter):
             hidden: Tensor = self._backbone(
@@ -422,13 +437,15 @@ class Policy(CausalPolicy):
             ).last_hidden_state
         return hidden[rows.read]
 
-    def _critic_states(self, states: Tensor, rows: "_Rows") -> Tensor:
+    def _critic_states(
+        self, states: Tensor, rows: "_Rows", trained: FlatWeights | None = None
+    ) -> Tensor:
         """The states that the value head reads; the policy's own unless the critic has a trunk."""
         match self._critic:
             case Critic.DETACHED_HEAD:
                 return states.detach()
             case Critic.ADAPTER:
-                return self._states(rows, _CRITIC)
+                return self._states(rows, _CRITIC, trained)
             case _:
                 return states
 

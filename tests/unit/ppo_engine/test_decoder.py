@@ -14,7 +14,9 @@ from transformers import (
 
 from ppo_engine import linear_groups, native
 from ppo_engine.decoder import Decoder
+from ppo_engine.flat_weights import FlatWeights
 from ppo_engine.generation import position_ids
+from ppo_engine.linear_groups import AdapterSet
 from ppo_engine.packing import common_prefix, pack
 
 RELATIVE = 1e-5
@@ -95,18 +97,21 @@ class Batch:
         )
         return hidden.last_hidden_state[self.read]
 
-    def ours(self, peft, *, adapter="default", pad_to=0, prefix=None):
+    def ours(self, peft, *, adapter="default", pad_to=0, prefix=None, trained=None):
         if prefix is None:
             prefix = common_prefix(self.tokens, self.attention_mask, self.read)
         packed = pack(self.attention_mask, self.read, prefix=prefix, pad_to=pad_to)
         decoder = Decoder(peft.get_base_model())
-        return decoder.states(self.tokens, packed, adapter=adapter)
+        return decoder.states(self.tokens, packed, adapter=adapter, trained=trained)
+
+
+def gradients_of(states, leaves):
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+    return torch.autograd.grad((states * weights).sum(), leaves)
 
 
 def gradients(peft, states):
-    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
-    trained = [p for p in peft.parameters() if p.requires_grad]
-    return torch.autograd.grad((states * weights).sum(), trained)
+    return gradients_of(states, [p for p in peft.parameters() if p.requires_grad])
 
 
 def assert_near(found, expected):
@@ -176,36 +181,73 @@ def test_a_groups_outputs_and_gradients_are_those_of_its_formula(monkeypatch, wa
     prepared = zip(decoder.layers, decoder.group_adapters("default"), strict=True)
     groups = [each for layer, of in prepared for each in zip(layer.groups, of, strict=True)]
 
-    for group, adapters in groups:
+    gradients = AdapterSet([group for group, _ in groups], "default").gradients(None)
+    wanted: list[torch.Tensor] = []
+    for (group, adapters), into in zip(groups, gradients.groups, strict=True):
         inputs = torch.randn(40, group.weight.shape[1]).to(dtype)
         onto = torch.randn(40, len(group.weight)).to(dtype)
         of_outputs = torch.randn(40, len(group.weight)).to(dtype)
         exact = inputs.double().requires_grad_()
         found = group.adapters("default")
-        factors = [
-            each.detach().double().requires_grad_()
-            for _, x in found
-            for each in (x.a, x.scale * x.b)
-        ]
+        factors = [each.detach().double().requires_grad_() for _, x in found for each in (x.a, x.b)]
         with torch.enable_grad():
             expected = exact @ group.weight.double().t() + onto
             if group.bias is not None:
                 expected = expected + group.bias.double()
-            for (columns, _), a, b in zip(found, factors[::2], factors[1::2], strict=True):
-                low = exact @ a.t() @ b.t()
+            for (columns, x), a, b in zip(found, factors[::2], factors[1::2], strict=True):
+                low = x.scale * exact @ a.t() @ b.t()
                 room = (columns.start, expected.shape[1] - columns.stop)
                 expected = expected + torch.nn.functional.pad(low, room)
-        wanted = torch.autograd.grad(expected, [exact, *factors], of_outputs.double())
+        of_exact, *of_factors = torch.autograd.grad(
+            expected, [exact, *factors], of_outputs.double()
+        )
 
         outputs, inner = group.forward(inputs, adapters, onto=onto)
-        of_inputs, gradients = group.backward(of_outputs, inputs, inner, adapters)
+        of_inputs = group.backward(of_outputs, inputs, inner, adapters, into)
 
         assert outputs.dtype == of_inputs.dtype == dtype
-        assert {each.dtype for each in gradients} <= {torch.float32}
-        pairs = zip([outputs, of_inputs, *gradients], [expected, *wanted], strict=True)
-        for ours, theirs in pairs:
-            apart = (ours.double() - theirs).abs().max()
-            assert apart <= ROUNDING[dtype] * theirs.abs().max()
+        assert_rounded(outputs, expected, dtype)
+        assert_rounded(of_inputs, of_exact, dtype)
+        wanted += of_factors
+
+    gradients.gather()
+    assert gradients.together.dtype == torch.float32
+    for ours, theirs in zip(gradients.views(), wanted, strict=True):
+        assert_rounded(ours, theirs, dtype)
+
+
+def assert_rounded(found, expected, dtype):
+    assert found.shape == expected.shape
+    apart = (found.double() - expected).abs().max()
+    assert apart <= ROUNDING[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("extra", [0, 3])
+def test_gradients_may_go_to_the_one_tensor_of_all_weights(dtype, extra):
+    """In any order there, and beside others, which get none."""
+    peft, batch = adapted(lambda: llama().to(dtype)), Batch()
+    apart = gradients(peft, batch.ours(peft))
+    trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+    others = {"more": torch.nn.Parameter(torch.randn(extra))} if extra else {}
+    weights = FlatWeights(others | dict(reversed(trained.items())))
+
+    found = batch.ours(peft, trained=weights)
+    (together,) = gradients_of(found, [weights.together])
+
+    parts = weights.split(together)
+    for (name, _), each in zip(trained.items(), apart, strict=True):
+        assert torch.equal(parts.pop(name), each)
+    assert not any(part.any() for part in parts.values())
+
+
+def test_frozen_weights_get_no_gradient_by_way_of_the_one_tensor():
+    peft, batch = adapted(MODELS["llama"]), Batch()
+    weights = FlatWeights({n: p for n, p in peft.named_parameters() if p.requires_grad})
+    for parameter in weights.parameters.values():
+        parameter.requires_grad = False
+
+    assert not batch.ours(peft, trained=weights).requires_grad
 
 
 def test_layers_below_the_lowest_adapter_need_no_backward_pass():

@@ -58,6 +58,21 @@ def test_gradients_move_to_the_one_tensor_and_are_dropped_with_it() -> None:
         assert weights.together.grad is None
 
 
+def test_gradients_are_added_to_those_that_the_one_tensor_has() -> None:
+    parameters = drawn(0)
+    weights = FlatWeights(parameters)
+    weights.together.sum().backward()
+    weights.gather_gradients()
+    assert weights.together.grad.tolist() == [1] * 30
+    (2 * parameters["b"].sum() + 3 * parameters["c"].sum()).backward()
+
+    weights.gather_gradients()
+
+    assert weights.together.grad.tolist() == [1] * 15 + [3] + [4] * 14
+    assert parameters["b"].grad is None
+    assert [weights.start_of(each) for each in parameters.values()] == [0, 15, 16]
+
+
 def test_where_no_gradient_arrives_it_is_zero() -> None:
     parameters = drawn(0)
     weights = FlatWeights(parameters)
@@ -66,6 +81,7 @@ def test_where_no_gradient_arrives_it_is_zero() -> None:
             parameters[name].sum().backward()
         weights.gather_gradients()
         assert weights.together.grad.sum() == reached
+        weights.drop_gradients()
 
 
 def test_the_norm_of_millions_of_numbers_is_exact_enough() -> None:
@@ -95,6 +111,7 @@ def test_adam_on_the_one_tensor_is_adam_on_each() -> None:
         weights.gather_gradients()
         ours.step()
         theirs.step()
+        weights.drop_gradients()
 
     for name, parameter in together.items():
         assert torch.allclose(parameter, apart[name], rtol=1e-5, atol=1e-7)

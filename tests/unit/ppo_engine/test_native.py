@@ -310,26 +310,110 @@ LARGE = [
 def test_large_product_with_all_that_may_be_added(products, rows, columns, depth, is_transposed):
     left, right = drawn(torch.bfloat16, rows, depth), drawn(torch.bfloat16, depth, columns, seed=1)
     bias, onto = drawn(torch.float32, columns, seed=2), drawn(torch.bfloat16, rows, columns, seed=3)
-    inner = drawn(torch.bfloat16, rows, 9, seed=4)
-    first, second = columns // 3, columns // 2
-    ups = [drawn(torch.bfloat16, 4, first, seed=5), drawn(torch.bfloat16, 3, columns - second)]
-    parts = ((0, first, 0, 4), (second, columns, 5, 8))
     base = left.double() @ right.double()
-    low = torch.zeros_like(base)
-    low[:, :first] = inner[:, :4].double() @ ups[0].double()
-    low[:, second:] = inner[:, 5:8].double() @ ups[1].double()
     factor = right.t().contiguous().t() if is_transposed else right
-    low_rank = native.LowRank(inner, torch.cat([up.flatten() for up in ups]), parts)
 
     wide = products.large_product(left, factor, dtype=torch.float32)
     scaled = products.large_product(left, factor, bias=bias, divisor=0.7, dtype=torch.float32)
-    lifted = products.large_product(left, factor, low_rank=low_rank, dtype=torch.float32)
-    narrow = products.large_product(left, factor, low_rank=low_rank, bias=bias, onto=onto)
+    narrow = products.large_product(left, factor, bias=bias, onto=onto)
 
     assert_near(wide, base, torch.float32)
     assert_near(scaled, (base + bias) / 0.7, torch.float32)
-    assert_near(lifted, base + low, torch.float32)
-    assert_near(narrow, base + low + bias + onto, torch.bfloat16)
+    assert_near(narrow, base + bias + onto, torch.bfloat16)
+
+
+class Group:
+    """Layers of one input, two of which carry additions, and what they give by their formulas."""
+
+    def __init__(self, rows, columns, depth):
+        first, second = columns // 3, columns // 2
+        self.parts = ((0, first, 0, 4), (second, columns, 4, 23))
+        self.scales = (0.5, 3.0)
+        self.rows, self.weight = (
+            drawn(torch.bfloat16, count, depth, seed=seed)
+            for seed, count in enumerate((rows, columns))
+        )
+        self.downs = [drawn(torch.bfloat16, r, depth, seed=10 + r) for r in (4, 19)]
+        self.ups = [
+            drawn(torch.bfloat16, out, r, seed=30 + r)
+            for out, r in ((first, 4), (columns - second, 19))
+        ]
+        self.low_rank = native.LowRank(
+            torch.cat(self.downs), torch.cat([up.t().flatten() for up in self.ups]), self.parts
+        )
+
+    def outputs(self, rows, downs, ups):
+        found = rows @ self.weight.double().t()
+        for (first, end, *_), down, up in zip(self.parts, downs, ups, strict=True):
+            low = (rows @ down.t()).bfloat16().double() @ up.t()
+            found = found + torch.nn.functional.pad(low, (first, len(self.weight) - end))
+        return found
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), LARGE)
+def test_a_groups_product_with_low_rank_additions(products, rows, columns, depth):
+    group = Group(rows, columns, depth)
+    bias, onto = drawn(torch.float32, columns, seed=2), drawn(torch.bfloat16, rows, columns, seed=3)
+    wanted = group.outputs(*(of_doubles(x) for x in (group.rows, group.downs, group.ups)))
+
+    plain, inner = products.group_forward(group.rows, group.weight, group.low_rank)
+    lifted, _ = products.group_forward(
+        group.rows, group.weight, group.low_rank, bias=bias, onto=onto
+    )
+
+    assert_near(inner, group.rows.double() @ torch.cat(group.downs).double().t(), torch.bfloat16)
+    assert_near(plain, wanted, torch.bfloat16)
+    assert_near(lifted, wanted + bias + onto, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), LARGE)
+def test_a_groups_gradients(products, rows, columns, depth):
+    group = Group(rows, columns, depth)
+    of_outputs = drawn(torch.bfloat16, rows, columns, seed=4)
+    inner = (group.rows.double() @ torch.cat(group.downs).double().t()).bfloat16()
+    x, downs, ups = (of_doubles(each) for each in (group.rows, group.downs, group.ups))
+    # Upside down and apart from each other, between numbers that must stay.
+    sizes = [(len(down), depth, len(up)) for down, up in zip(downs, ups, strict=True)]
+    starts, room = [], 5
+    for rank, width, out in reversed(sizes):
+        starts.append((room, room + rank * width + 2))
+        room += rank * (width + out) + 7
+    places = torch.tensor(starts[::-1])
+    gradients = torch.full((room,), 77.0)
+
+    of_rows = products.group_backward(
+        of_outputs,
+        group.rows,
+        inner,
+        group.weight,
+        group.low_rank,
+        native.GradientRoom(gradients, places, torch.tensor(group.scales)),
+    )
+
+    above = of_outputs.double()
+    wanted = above @ group.weight.double()
+    touched = 0
+    for number, ((first, end, *_), down, up) in enumerate(
+        zip(group.parts, downs, ups, strict=True)
+    ):
+        of_inner = (above[:, first:end] @ up).bfloat16().double()
+        wanted = wanted + of_inner @ down
+        expected = [
+            of_inner.t() @ x,
+            group.scales[number]
+            * (above[:, first:end].t() @ inner[:, slice(*group.parts[number][2:])].double()),
+        ]
+        for start, each in zip(places[number].tolist(), expected, strict=True):
+            found = gradients[start : start + each.numel()].view(each.shape)
+            # of_inner is rounded, and a sum in another order may round to its neighbour.
+            assert_near(found, each, torch.bfloat16)
+            touched += each.numel()
+    assert_near(of_rows, wanted, torch.bfloat16)
+    assert int((gradients == 77).sum()) == room - touched
+
+
+def of_doubles(numbers):
+    return [x.double() for x in numbers] if isinstance(numbers, list) else numbers.double()
 
 
 def test_a_large_product_of_no_rows(products):
