@@ -6,8 +6,9 @@ padding, and the backward pass, written out, keeps only what it needs.  Models o
 take transformers' own forward pass.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -16,14 +17,11 @@ from torch import Tensor, nn
 
 from ppo_engine.attention import Attended, Attention, HeadShape, attention_over
 from ppo_engine.flat_weights import FlatWeights
-from ppo_engine.linear_groups import (
-    AdapterSet,
-    GroupAdapters,
-    GroupGradients,
-    LinearGroup,
-)
+from ppo_engine.linear_groups import AdapterSet, GroupAdapters, GroupGradients, LinearGroup
 from ppo_engine.native import kernels_for
 from ppo_engine.packing import Packed
+
+T = TypeVar("T")
 
 _FAMILIES = ("llama", "mistral", "qwen2")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -119,8 +117,12 @@ class Decoder:
 
     def group_adapters(self, name: str | None) -> list[list[GroupAdapters]]:
         """Of each layer's groups, as they are now."""
-        prepared = iter(self._adapter_set(name).prepared(self.dtype))
-        return [[next(prepared) for _ in layer.groups] for layer in self.layers]
+        return self.by_layer(self._adapter_set(name).prepared(self.dtype))
+
+    def by_layer(self, of_groups: Iterable[T]) -> list[list[T]]:
+        """What there is of all groups in turn, layer by layer."""
+        each = iter(of_groups)
+        return [[next(each) for _ in layer.groups] for layer in self.layers]
 
     def _adapter_set(self, name: str | None) -> AdapterSet:
         """Looked up once: a walk over all modules takes long."""
@@ -141,23 +143,20 @@ class Decoder:
     ) -> Tensor:
         """Last hidden states that are read, [num_kept, H]; tokens are the batch, [B, S].
 
-        Differentiable in the adapter's weights where they may be trained: in each of them, or,
-        where `trained` holds them all, in its one tensor, which is faster.  `boundary` [B, S, H]
-        saves the layers that no adapter touches: see `boundary`.  `collected` takes every layer's
-        queries, keys and values, [N, (heads + 2·kv)·d].
+        Differentiable in the one tensor of `trained`, which holds the adapter's weights, if they
+        may be trained; not in each of them.  `boundary` [B, S, H] saves the layers that no adapter
+        touches: see `boundary`.  `collected` takes every layer's queries, keys and values,
+        [N, (heads + 2·kv)·d].
         """
-        parameters = self._adapter_set(adapter).parameters
-        is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        leaves: list[nn.Parameter] = []
-        if is_trained:
-            leaves = parameters if trained is None else [trained.together]
+        is_trained = torch.is_grad_enabled() and trained is not None and trained.is_trainable
+        leaf = trained.together if trained is not None and is_trained else None
         work = self._work(packed, adapter, trained, collected)
         kept: list[_Kept] | None = [] if is_trained else None
         if boundary is None:
             first, hidden = 0, self.embedded(tokens.flatten()[packed.sources])
         else:
             first, hidden = self.lowest_adapted, boundary.flatten(0, 1)[packed.sources]
-        states: Tensor = _Stack.apply(work, kept, first, hidden, *leaves)  # type: ignore[no-untyped-call]
+        states: Tensor = _Stack.apply(work, kept, first, hidden, leaf)  # type: ignore[no-untyped-call]
         return states[: packed.num_kept]
 
     @torch.no_grad()
@@ -256,7 +255,7 @@ class _Stack(torch.autograd.Function):
         kept: list[_Kept] | None,
         first: int,
         hidden: Tensor,
-        *_leaves: Tensor,
+        _leaf: Tensor | None,
     ) -> Tensor:
         last = len(work.decoder.layers) - 1
         for number in range(first, last + 1):
@@ -270,21 +269,21 @@ class _Stack(torch.autograd.Function):
         work: _Work = ctx.work
         decoder = work.decoder
         of_hidden = _norm_backward(upstream[0], ctx.hidden, decoder.norm, ctx.inverse)
+        assert work.trained is not None  # noqa: S101 - or autograd would not ask
         found = work.adapter_set.gradients(work.trained)
+        by_layer = decoder.by_layer(found.groups)
         # Below the lowest adapter nothing needs a gradient.
         for number in reversed(range(decoder.lowest_adapted, len(decoder.layers))):
-            each = len(decoder.layers[number].groups)
             of_hidden = _backward_layer(
                 work,
                 number,
                 ctx.kept[number - ctx.first],
                 of_hidden,
-                found.groups[number * each : (number + 1) * each],
+                by_layer[number],
                 is_last=number == len(decoder.layers) - 1,
             )
         found.gather()
-        of_leaves = found.views() if work.trained is None else [found.together]
-        return (None, None, None, None, *of_leaves)
+        return None, None, None, None, found.together
 
 
 def _forward_layer(
@@ -322,25 +321,26 @@ def _backward_layer(
     *,
     is_last: bool,
 ) -> Tensor:
-    """∂/∂inputs; leaves those of the adapters in `gradients`."""
+    """∂/∂inputs; hands those of the adapters to `gradients`, of each group in turn."""
     decoder, layer = work.decoder, work.decoder.layers[number]
-    groups = zip(kept.inner, work.adapters[number], gradients, strict=True)
-    qkv, output, gate_up, down = groups
-    of_gated = layer.down.backward(of_outputs, gated(kept.gate_up), *down)
+    adapters, inner = work.adapters[number], kept.inner
+    of_gated = layer.down.backward(
+        of_outputs, gated(kept.gate_up), inner[3], adapters[3], gradients[3]
+    )
     of_gate_up = _gated_backward(of_gated, kept.gate_up)
     normed, inverse = rms_norm(kept.middle, layer.mlp_norm, decoder.epsilon)
-    of_normed = layer.gate_up.backward(of_gate_up, normed, *gate_up)
+    of_normed = layer.gate_up.backward(of_gate_up, normed, inner[2], adapters[2], gradients[2])
     of_middle = _norm_backward(of_normed, kept.middle, layer.mlp_norm, inverse, onto=of_outputs)
     result = kept.attended.result
     if is_last:
         result = result[work.packed.kept]
-    of_result = layer.output.backward(of_middle, result, *output)
+    of_result = layer.output.backward(of_middle, result, inner[1], adapters[1], gradients[1])
     if is_last:
         of_middle, of_result = (_spread(each, work.packed) for each in (of_middle, of_result))
     of_qkv = work.attention.backward(kept.qkv, kept.attended, of_result)
     work.rotation.turn_back(of_qkv, decoder.shape)
     normed, inverse = rms_norm(kept.inputs, layer.attention_norm, decoder.epsilon)
-    of_normed = layer.qkv.backward(of_qkv, normed, *qkv)
+    of_normed = layer.qkv.backward(of_qkv, normed, inner[0], adapters[0], gradients[0])
     return _norm_backward(of_normed, kept.inputs, layer.attention_norm, inverse, onto=of_middle)
 
 

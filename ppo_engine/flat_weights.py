@@ -22,13 +22,33 @@ class FlatWeights:
         self.together = nn.Parameter(together)
         """[Σ numbers]; its gradient is whole between `gather_gradients` and `drop_gradients`."""
         sizes = (each.numel() for each in self.parameters.values())
-        self._starts = dict(
-            zip(map(id, self.parameters.values()), accumulate(sizes, initial=0), strict=False)
-        )
+        starts = accumulate(sizes, initial=0)
+        self._starts = dict(zip(self.parameters.values(), starts, strict=False))
 
     def start_of(self, parameter: nn.Parameter) -> int:
         """Number of the parameter's first number in the one tensor."""
-        return self._starts[id(parameter)]
+        return self._starts[parameter]
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether all of them may be trained; they are together or not at all."""
+        return all(each.requires_grad for each in self.parameters.values())
+
+    def gradients_of(self, total: Tensor) -> dict[str, Tensor]:
+        """∂total/∂parameter by name, 0 where it depends on none; the graph stays.
+
+        They may be trained.  What a graph knows is each parameter, or the one tensor: see
+        `Decoder.states`.
+        """
+        together, *apart = torch.autograd.grad(
+            total,
+            [self.together, *self.parameters.values()],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        pairs = zip(self.split(together).items(), apart, strict=True)
+        return {name: each + other for (name, each), other in pairs}
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of numbers laid out like the weights, in the parameters' shapes, by name."""

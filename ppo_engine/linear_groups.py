@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ppo_engine.flat_weights import FlatWeights
 from ppo_engine.native import (
-    MOST_RANKS,
     Conversion,
     GradientRoom,
     Kernels,
@@ -95,12 +94,13 @@ class LinearGroup:
         adapters: "GroupAdapters",
         gradients: "GroupGradients",
     ) -> Tensor:
-        """∂/∂inputs; leaves ∂/∂A and ∂/∂B of every adapter in `gradients`."""
+        """∂/∂inputs; hands ∂/∂A and ∂/∂B of every adapter to `gradients`."""
         kernels, low_rank = adapters.product_kernels(inputs), adapters.low_rank
-        if low_rank is None or inner is None:
+        if low_rank is None:
             if kernels is not None:
                 return kernels.large_product(of_outputs, self.weight)
             return of_outputs @ self.weight
+        assert inner is not None  # noqa: S101 - the forward pass made them
         if kernels is not None:
             return kernels.group_backward(
                 of_outputs, inputs, inner, self.weight, low_rank, gradients.room
@@ -111,7 +111,7 @@ class LinearGroup:
         of_down = _weight_gradient(of_inner, inputs)
         for columns, rank, _ in adapters.additions:
             of_up = _weight_gradient(of_outputs[:, columns], inner[:, rank])
-            gradients.elsewhere.extend((of_down[rank], of_up))
+            gradients.found += [of_down[rank], of_up]
         return (of_outputs @ self.weight).addmm_(of_inner, low_rank.down)
 
 
@@ -148,7 +148,7 @@ class GroupAdapters:
         """Of each adapter in turn."""
         if self.low_rank is None:
             return ()
-        ups = self.low_rank.ups.split([_numbers(part) for part in self.low_rank.parts])
+        ups = self.low_rank.ups.split([part.numbers for part in self.low_rank.parts])
         return tuple(
             Addition(slice(first, end), slice(rank, end_rank), up.view(end_rank - rank, -1).t())
             for (first, end, rank, end_rank), up in zip(self.low_rank.parts, ups, strict=True)
@@ -156,7 +156,7 @@ class GroupAdapters:
 
     def product_kernels(self, inputs: Tensor) -> Kernels | None:
         """Those that make the group's large products, if there are any."""
-        if self.low_rank is not None and len(self.low_rank.down) > MOST_RANKS:
+        if self.low_rank is not None and not self.low_rank.is_small:
             return None
         return large_product_kernels_for(inputs)
 
@@ -168,72 +168,69 @@ class GroupAdapters:
         ups = down.new_zeros(len(down), width)
         for columns, rank, up in self.additions:
             ups[rank, columns] = up.t()
-        return GroupAdapters(LowRank(down, ups.flatten(), ((0, width, 0, len(down)),)))
-
-
-def _numbers(part: Part) -> int:
-    """In the part's B."""
-    first, end, first_rank, end_rank = part
-    return (end - first) * (end_rank - first_rank)
+        return GroupAdapters(LowRank(down, ups.flatten(), (Part(0, width, 0, len(down)),)))
 
 
 NO_ADAPTERS = GroupAdapters(None)
 
 
-class GroupGradients(NamedTuple):
-    """Where a group's backward pass leaves ∂/∂A and ∂/∂B of its adapters."""
-
-    room: GradientRoom
-    """For kernels, which put them in place."""
-    elsewhere: list[Tensor]
-    """∂/∂A and ∂/∂(scale·B) of each adapter in turn, where they are found otherwise."""
-
-
 class _Places(NamedTuple):
-    """Where the adapters' gradients go, in one tensor."""
+    """Where the gradients of a group's adapters go in the one tensor of all weights."""
 
-    size: int
-    """Numbers in the tensor."""
-    starts: tuple[int, ...]
-    """Where each begins: A and B of every adapter in turn."""
-    by_group: tuple[Tensor, ...]
-    """The same of each group, [adapters, 2]."""
+    starts: Tensor
+    """Where ∂/∂A and ∂/∂B of each begin, [adapters, 2]."""
+    shapes: tuple[torch.Size, ...]
+    """Of both of each in turn."""
+    scales: Tensor
+    """[adapters] fp32."""
+
+    def views(self, together: Tensor) -> list[Tensor]:
+        """∂/∂A and ∂/∂B of each in turn."""
+        starts = self.starts.flatten().tolist()
+        return [
+            together[start : start + shape.numel()].view(shape)
+            for start, shape in zip(starts, self.shapes, strict=True)
+        ]
+
+
+class GroupGradients:
+    """∂/∂A and ∂/∂B of a group's adapters, as its backward pass hands them over."""
+
+    def __init__(self, together: Tensor, places: _Places) -> None:
+        self.places = places
+        self.room = GradientRoom(together, places.starts, places.scales)
+        """Where kernels put them."""
+        self.found: list[Tensor] = []
+        """∂/∂A and ∂/∂(scale·B) of each in turn, where no kernel has put them there."""
 
 
 class AdapterGradients:
-    """∂/∂A and ∂/∂B of all adapters of a set, in one tensor: what a backward pass fills."""
+    """The gradient of all weights, of which the adapters of a set are some or all."""
 
-    def __init__(
-        self, parameters: Sequence[Tensor], places: _Places, scales: Sequence[Tensor]
-    ) -> None:
-        """`scales`: those of each group's adapters."""
-        self._parameters, self._places, self._scales = parameters, places, scales
-        covered = sum(each.numel() for each in parameters)
-        make = torch.empty if covered == places.size else torch.zeros
-        self.together = make(places.size, device=parameters[0].device)
-        """[Σ numbers] fp32."""
-        self.groups = [
-            GroupGradients(GradientRoom(self.together, of_group, factors), [])
-            for of_group, factors in zip(places.by_group, scales, strict=True)
-        ]
+    def __init__(self, weights: FlatWeights, places: Sequence[_Places]) -> None:
+        adapted = sum(shape.numel() for each in places for shape in each.shapes)
+        whole = weights.together
+        # A backward pass sets all of the adapters', and nothing else.
+        make = torch.empty if adapted == whole.numel() else torch.zeros
+        self.together = make(whole.shape, dtype=torch.float32, device=whole.device)
+        """[Σ numbers] fp32, laid out as `weights` are; 0 for others than the adapters'."""
+        self.groups = [GroupGradients(self.together, each) for each in places]
         """In the order of the set's groups."""
 
-    def views(self) -> list[Tensor]:
-        """Of A and B of every adapter in turn, in their shapes."""
-        return [
-            self.together[start : start + each.numel()].view(each.shape)
-            for each, start in zip(self._parameters, self._places.starts, strict=True)
-        ]
-
     def gather(self) -> None:
-        """Puts those that were found elsewhere in place; once."""
-        found = [each for group in self.groups for each in group.elsewhere]
-        if not found:
-            return
-        # What optimizers, too, call for many small tensors.
-        views, scales = self.views(), torch.cat(list(self._scales)).tolist()
-        torch._foreach_copy_(views, found)
-        torch._foreach_mul_(views[1::2], scales)
+        """Puts in place what no kernel did."""
+        views: list[Tensor] = []
+        found: list[Tensor] = []
+        scales: list[float] = []
+        for group in self.groups:
+            if group.found:
+                views += group.places.views(self.together)
+                found += group.found
+                scales += group.places.scales.tolist()
+        if found:
+            # What optimizers, too, call for many small tensors.
+            torch._foreach_copy_(views, found)
+            torch._foreach_mul_(views[1::2], scales)
 
 
 class AdapterSet:
@@ -241,25 +238,24 @@ class AdapterSet:
 
     def __init__(self, groups: Sequence[LinearGroup], name: str | None) -> None:
         found = [group.adapters(name) for group in groups]
-        self.parameters = [weight for group in found for _, x in group for weight in (x.a, x.b)]
-        """A and B of every adapter in turn."""
+        self._adapters = [[adapter for _, adapter in of_group] for of_group in found]
+        """Of each group in turn."""
         self._parts = [_parts_of(of_group) for of_group in found]
-        self._scales = [torch.tensor([x.scale for _, x in of_group]) for of_group in found]
-        self._places: dict[FlatWeights | None, _Places] = {}
+        self._places: dict[FlatWeights, list[_Places]] = {}
         self._sizes: list[int] = []
         """Numbers in every A, and in every B, of each group in turn."""
         self._sources: list[nn.Parameter] = []
         """Every A, then every B, of each group in turn."""
         conversions = []
-        for of_group in found:
-            downs, ups = [x.a for _, x in of_group], [x.b for _, x in of_group]
+        for of_group in self._adapters:
+            downs, ups = [x.a for x in of_group], [x.b for x in of_group]
             self._sources += [*downs, *ups]
             self._sizes += [sum(x.numel() for x in each) for each in (downs, ups)]
             conversions += [
                 *(Conversion((len(x), x.shape[1]), 1.0, is_transposed=False) for x in downs),
                 *(
                     Conversion((len(x.b), x.b.shape[1]), x.scale, is_transposed=True)
-                    for _, x in of_group
+                    for x in of_group
                 ),
             ]
         self._conversions = tuple(conversions)
@@ -278,21 +274,11 @@ class AdapterSet:
             for parts, downs, ups in zip(self._parts, numbers[::2], numbers[1::2], strict=True)
         ]
 
-    def gradients(self, weights: FlatWeights | None) -> AdapterGradients:
-        """Room for them: laid out like the one tensor of the weights, or one after the other."""
+    def gradients(self, weights: FlatWeights) -> AdapterGradients:
+        """Room for those of a backward pass; the adapters are among the weights."""
         if weights not in self._places:
-            self._places[weights] = self._placed(weights)
-        return AdapterGradients(self.parameters, self._places[weights], self._scales)
-
-    def _placed(self, weights: FlatWeights | None) -> _Places:
-        if weights is None:
-            *starts, size = accumulate((x.numel() for x in self.parameters), initial=0)
-        else:
-            starts = [weights.start_of(each) for each in self.parameters]
-            size = weights.together.numel()
-        pairs = torch.tensor(starts).view(-1, 2)
-        by_group = pairs.split([len(parts) for parts in self._parts])
-        return _Places(size, tuple(starts), tuple(each.contiguous() for each in by_group))
+            self._places[weights] = [_placed(each, weights) for each in self._adapters]
+        return AdapterGradients(weights, self._places[weights])
 
     def _convert_to(self, flat: Tensor) -> None:
         """Sets it to every A and every (scale·B)ᵀ of each group in turn."""
@@ -317,11 +303,21 @@ class AdapterSet:
         torch._foreach_copy_(targets, torch._foreach_mul(sources, factors))  # noqa: SLF001
 
 
+def _placed(adapters: Sequence[Adapter], weights: FlatWeights) -> _Places:
+    pairs = [(each.a, each.b) for each in adapters]
+    starts = [[weights.start_of(each) for each in pair] for pair in pairs]
+    return _Places(
+        torch.tensor(starts, dtype=torch.int64),
+        tuple(each.shape for pair in pairs for each in pair),
+        torch.tensor([each.scale for each in adapters]),
+    )
+
+
 def _parts_of(adapters: Sequence[tuple[slice, Adapter]]) -> tuple[Part, ...]:
     """Where the additions of a group's adapters go."""
     ends = list(accumulate((len(adapter.a) for _, adapter in adapters), initial=0))
     return tuple(
-        (columns.start, columns.stop, first, end)
+        Part(columns.start, columns.stop, first, end)
         for (columns, _), first, end in zip(adapters, ends, ends[1:], strict=False)
     )
 

@@ -21,7 +21,8 @@ MOST_KEYS = 1024
 MOST_SEEN = 256
 """The most keys that `attend_rows` takes."""
 MOST_RANKS = 1536
-"""The most rows of `LowRank.down`."""
+MOST_PARTS = 8
+"""The most rows of `LowRank.down` and the most parts that a group's kernels take."""
 _FOLDER = Path(__file__).parent
 _VARIANTS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """By what PyTorch takes the processor to be capable of, best first; others have one for all."""
@@ -41,7 +42,7 @@ _ARGUMENTS = {
     "attend_rows": (*[_POINTER] * 2, _REAL, *[_COUNT] * 7),
     "attend_rows_backward": (*[_POINTER] * 4, _REAL, *[_COUNT] * 7),
     "product": (*[_POINTER] * 6, _REAL, *[_POINTER] * 2, *[_COUNT] * 6),
-    "large_product": (*[_POINTER] * 7, _REAL, *[_POINTER] * 2, *[_COUNT] * 9),
+    "large_product": (*[_POINTER] * 4, _REAL, *[_POINTER] * 2, *[_COUNT] * 6),
     "gradient": (*[_POINTER] * 3, *[_COUNT] * 6),
     "group_forward": (*[_POINTER] * 9, *[_COUNT] * 5),
     "group_backward": (*[_POINTER] * 12, *[_COUNT] * 5),
@@ -105,12 +106,24 @@ def usable_variants() -> tuple[str, ...]:
     return (_BF16_VARIANT, *names) if has_bf16 else names
 
 
-Part = tuple[int, int, int, int]
-"""First and end column of a result, first and end column of the inner values."""
+class Part(NamedTuple):
+    """Where one of several low-rank additions reads and adds."""
+
+    first: int
+    end: int
+    """Columns of the result."""
+    first_rank: int
+    end_rank: int
+    """Columns of the inner values."""
+
+    @property
+    def numbers(self) -> int:
+        """In its matrix."""
+        return (self.end - self.first) * (self.end_rank - self.first_rank)
 
 
 class LowRank(NamedTuple):
-    """Low-rank additions to the products of layers that read the same input, bf16.
+    """Low-rank additions to the products of layers that read the same input.
 
     Each takes some columns of the inner values, rows·Downᵀ, times a matrix, onto some columns of
     the result.
@@ -123,6 +136,11 @@ class LowRank(NamedTuple):
     parts: tuple[Part, ...]
     """Of each matrix; they follow one upon the other."""
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a group's kernels take it."""
+        return len(self.down) <= MOST_RANKS and len(self.parts) <= MOST_PARTS
+
 
 @functools.lru_cache(maxsize=64)
 def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
@@ -130,14 +148,14 @@ def _numbers_of(parts: tuple[Part, ...]) -> Tensor:
 
 
 class GradientRoom(NamedTuple):
-    """Where the gradients of low-rank additions go."""
+    """Where the gradients of low-rank additions go, among others."""
 
-    gradients: Tensor
-    """fp32."""
-    places: Tensor
-    """Where those of a part of `down`, and of a matrix, transposed, begin there; [parts, 2]."""
+    together: Tensor
+    """[·] fp32."""
+    starts: Tensor
+    """Where that of a part's rows of `down` begins, and of its matrix, transposed; [parts, 2]."""
     scales: Tensor
-    """Factor on the latter, [parts] fp32."""
+    """Factors on the latter, [parts] fp32."""
 
 
 class Conversion(NamedTuple):
@@ -368,15 +386,13 @@ class Kernels:
         onto: Tensor | None = None,
         divisor: float = 1,
         dtype: torch.dtype = torch.bfloat16,
-        out: Tensor | None = None,
     ) -> Tensor:
         """(rows·Wᵀ + inner·Upᵀ + bias + onto)/divisor, [N, out] bf16 or fp32, summed up in fp32.
 
         rows [N, in], W [out, in]; `low_rank` is inner [N, r] and Up [out, r]; the bias [out] is
-        fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.  `out`
-        takes the result, where nothing else is added.
+        fp32, `onto` [N, out] bf16. A row's result does not depend on the rows beside it.
         """
-        result = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype) if out is None else out
+        result = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype)
         inner, up = low_rank or (None, None)
         is_wide, rows = dtype == torch.float32, _with_whole_rows(rows)
         self._call(
@@ -421,7 +437,6 @@ class Kernels:
             "large_product",
             left,
             right,
-            *[None] * 3,
             bias,
             None if onto is None else onto.contiguous(),
             divisor,
@@ -429,11 +444,8 @@ class Kernels:
             None if is_wide else result,
             *result.shape,
             left.shape[1],
-            0,
             left.stride(0),
             right.stride(1 if is_transposed else 0),
-            0,
-            result.stride(0),
             is_transposed,
         )
         return result
@@ -471,8 +483,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """rows·Wᵀ + the low-rank additions + bias + onto, [N, out], and the inner values [N, Σ r].
 
-        rows [N, in], W [out, in]; the bias [out] is fp32, `onto` [N, out] bf16.  There where
-        `product` is, for many rows.
+        rows [N, in], W [out, in]; the bias [out] is fp32, the rest bf16.  For many rows, and
+        additions that are small.
         """
         rows, count = rows.contiguous(), rows.shape[0]
         result = torch.empty(count, weight.shape[0], dtype=rows.dtype)
@@ -502,9 +514,9 @@ class Kernels:
         inner: Tensor,
         weight: Tensor,
         low_rank: LowRank,
-        room: "GradientRoom",
+        room: GradientRoom,
     ) -> Tensor:
-        """∂/∂rows [N, in] of `group_forward`; the other gradients go into the room.
+        """∂/∂rows [N, in] of `group_forward`; sets those of the additions in the room.
 
         of_outputs [N, out]; `inner` are its inner values.
         """
@@ -519,11 +531,11 @@ class Kernels:
             low_rank.down,
             low_rank.ups,
             _numbers_of(low_rank.parts),
-            room.places,
+            room.starts,
             room.scales,
             of_inner,
             of_rows,
-            room.gradients,
+            room.together,
             *rows.shape,
             *of_outputs.shape[1:],
             *inner.shape[1:],

@@ -36,7 +36,7 @@
 /* Rows of a share of the work where rows are shared. */
 #define ROW_SHARE 64
 
-/* Vectors of columns in a share of `gradient`, and rows that are held in pairs there. */
+/* Vectors of columns in a block of a narrow product, and rows that are held in pairs there. */
 #define NARROW 4
 #define PAIR_ROWS 512
 
@@ -435,20 +435,21 @@ static inline int64_t take(int64_t *taken) {
     return omp_get_num_threads() + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
 }
 
-/* (left·right + low-rank product + bias + onto)/divisor for many rows: left [rows, depth], right
- * [depth, columns] or, if it is transposed, [columns, depth]; `stride` numbers apart are the rows of
- * each. A panel of the right factor is brought into order, and then meets all rows of a share; in the
- * meantime the next one is asked for, as from memory it would come too late.
- *
- * The low-rank product has `count` parts, one after the other in ranks, columns and `low`; at most
- * DEEPEST ranks; inner is [rows, inner_stride]. */
-void large_product_bf16(
-    const bf16 *left, const bf16 *right, const bf16 *inner, const bf16 *low, const int64_t *parts,
-    const float *bias, const bf16 *onto, float divisor, float *wide, bf16 *narrow, int64_t rows,
-    int64_t columns, int64_t depth, int64_t count, int64_t left_stride, int64_t right_stride,
-    int64_t inner_stride, int64_t result_stride, int64_t is_transposed) {
-    const factor from = {right, depth, columns, right_stride, is_transposed != 0};
-    const target to = {bias, onto, divisor, wide, narrow, result_stride};
+/* Columns of inner [rows, ranks] times numbers one after the other in `ups`; at most DEEPEST ranks. */
+typedef struct {
+    const bf16 *inner, *ups;
+    int64_t ranks;
+    const part *parts;
+    int64_t count;
+} low_rank_product;
+
+/* What `to` says of left·right + a low-rank product for many rows: left [rows, depth], right [depth,
+ * columns]. A panel of the right factor is brought into order, and then meets all rows of a share; in
+ * the meantime the next one is asked for, as from memory it would come too late. */
+static void multiply_many(
+    const bf16 *left, int64_t left_stride, int64_t rows, const factor from, const low_rank_product low,
+    const target to) {
+    int64_t depth = from.depth, columns = from.columns;
     if (rows == 0) return;
     /* As many rows in every share, in whole tiles. */
     int64_t row_shares = (rows + MANY_ROWS - 1) / MANY_ROWS;
@@ -469,7 +470,7 @@ void large_product_bf16(
             pack(panel, from, column, first, deep);
             if (is_last) {
                 low_depth =
-                    pack_parts(low_panel, low, (const part *)parts, count, column, &first_rank);
+                    pack_parts(low_panel, low.ups, low.parts, low.count, column, &first_rank);
             }
             for (int64_t row = 0; row < here; asked += lines) {
                 int64_t place = near + row;
@@ -477,7 +478,7 @@ void large_product_bf16(
                 tile of = {
                     here - row,
                     {left + place * left_stride + first, left_stride, deep, panel},
-                    {inner + place * inner_stride + first_rank, inner_stride, low_depth, low_panel},
+                    {low.inner + place * low.ranks + first_rank, low.ranks, low_depth, low_panel},
                     first ? held : NULL,
                     is_last ? NULL : held};
                 if (next < shares) {
@@ -487,6 +488,17 @@ void large_product_bf16(
             }
         }
     }
+}
+
+/* (left·right + bias + onto)/divisor for many rows: left [rows, depth], right [depth, columns] or, if
+ * it is transposed, [columns, depth]; rows of each are so many numbers apart. */
+void large_product_bf16(
+    const bf16 *left, const bf16 *right, const float *bias, const bf16 *onto, float divisor,
+    float *wide, bf16 *narrow, int64_t rows, int64_t columns, int64_t depth, int64_t left_stride,
+    int64_t right_stride, int64_t is_transposed) {
+    const factor from = {right, depth, columns, right_stride, is_transposed != 0};
+    const target to = {bias, onto, divisor, wide, narrow, columns};
+    multiply_many(left, left_stride, rows, from, (low_rank_product){0}, to);
 }
 
 /* Of two rows of up to 16 numbers the first, the first, the second, the second, … */
@@ -629,17 +641,18 @@ void group_forward_bf16(
     int64_t outputs, int64_t ranks, int64_t count) {
     product_bf16(
         x, down, NULL, NULL, NULL, NULL, 1, NULL, inner, rows, ranks, width, 0, width, ranks);
-    large_product_bf16(
-        x, weight, inner, ups, parts, bias, onto, 1, NULL, result, rows, outputs, width, count, width,
-        width, ranks, outputs, 1);
+    const factor from = {weight, width, outputs, width, 1};
+    const low_rank_product low = {inner, ups, ranks, (const part *)parts, count};
+    multiply_many(
+        x, width, rows, from, low, (target){bias, onto, 1, NULL, result, outputs});
 }
 
 /* Of the same with respect to x, and, in fp32, to each part's numbers of Down [ranks, width] and,
- * times a scale, of `ups`, there transposed: they go to `gradients`, at two places for each part.
- * of_inner [rows, ranks] is room. */
+ * times a scale, of `ups`, there transposed: they go to `gradients`, where `starts` says for both of
+ * each part. There are at most MOST_PARTS; of_inner [rows, ranks] is room. */
 void group_backward_bf16(
     const bf16 *of_outputs, const bf16 *x, const bf16 *inner, const bf16 *weight, const bf16 *down,
-    const bf16 *ups, const int64_t *parts, const int64_t *places, const float *scales, bf16 *of_inner,
+    const bf16 *ups, const int64_t *parts, const int64_t *starts, const float *scales, bf16 *of_inner,
     bf16 *of_x, float *gradients, int64_t rows, int64_t width, int64_t outputs, int64_t ranks,
     int64_t count) {
     const part *all = (const part *)parts;
@@ -653,15 +666,16 @@ void group_backward_bf16(
             outputs, ranks);
         ups += own_ranks * columns;
         found[2 * i] = (narrow_product){
-            of_inner + rank, x, ranks, width, gradients + places[2 * i], own_ranks, width, 1, 0};
+            of_inner + rank, x, ranks, width, gradients + starts[2 * i], own_ranks, width, 1, 0};
         found[2 * i + 1] = (narrow_product){
-            inner + rank, of_part, ranks, outputs, gradients + places[2 * i + 1], own_ranks, columns,
+            inner + rank, of_part, ranks, outputs, gradients + starts[2 * i + 1], own_ranks, columns,
             scales[i], 1};
     }
     const part everything = {0, width, 0, ranks};
-    large_product_bf16(
-        of_outputs, weight, of_inner, down, (const int64_t *)&everything, NULL, NULL, 1, NULL, of_x,
-        rows, width, outputs, 1, outputs, width, ranks, width, 0);
+    const factor from = {weight, outputs, width, width, 0};
+    const low_rank_product low = {of_inner, down, ranks, &everything, 1};
+    multiply_many(
+        of_outputs, outputs, rows, from, low, (target){NULL, NULL, 1, NULL, of_x, width});
     find_narrow_products(found, 2 * count, rows);
 }
 

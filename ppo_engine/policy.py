@@ -278,6 +278,12 @@ class Policy(CausalPolicy):
         """Those of the adapter, and of the critic if there is one."""
         return [self.adapter_weights, *([self.value_weights] if self.value_weights else [])]
 
+    def _weights_with(self, adapter: str | None) -> FlatWeights | None:
+        """The trained weights that hold this adapter's."""
+        if adapter == _POLICY:
+            return self.adapter_weights
+        return self.value_weights if adapter == _CRITIC else None
+
     def _lora_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's weights by name; looked up once, as a walk over all modules takes long."""
         if adapter not in self._adapters:
@@ -336,18 +342,15 @@ class Policy(CausalPolicy):
         shape: CommonShape | None = None,
         boundary: Tensor | None = None,
         entropy_gradient: bool = True,
-        in_one_tensor: bool = False,
     ) -> Evaluation:
         """Log-probabilities, entropies and values of responses; [B, P+T], [B, P+T], [B, T] in.
 
         `shape`: `MicroBatch`.  `boundary`: these rows of what `estimate` found.  Without
-        `entropy_gradient` the entropy is a number only.  Differentiable in everything that is
-        trained; `in_one_tensor` says that gradients may go to the one tensor of `FlatWeights` at
-        once, which is faster.
+        `entropy_gradient` the entropy is a number only.  Differentiable in `trained_weights`.
         """
         rows = self._rows(tokens, attention_mask, read_states(response_mask, tokens), shape)
         rows = rows._replace(boundary=boundary)
-        states = self._states(rows, _POLICY, self.adapter_weights if in_one_tensor else None)
+        states = self._states(rows, _POLICY)
         result = head_logprobs(
             states,
             _chosen(tokens, response_mask),
@@ -357,10 +360,7 @@ class Policy(CausalPolicy):
         return Evaluation(
             _scattered(result.logprobs, response_mask),
             _scattered(result.entropy, response_mask),
-            self._values(
-                self._critic_states(states, rows, self.value_weights if in_one_tensor else None),
-                response_mask,
-            ),
+            self._values(self._critic_states(states, rows), response_mask),
         )
 
     @torch.no_grad()
@@ -413,19 +413,14 @@ class Policy(CausalPolicy):
             packed = pack(attention_mask, read, prefix=shape.prefix, pad_to=shape.tokens)
         return _Rows(tokens, attention_mask, read, packed)
 
-    def _states(
-        self, rows: "_Rows", adapter: str | None, trained: FlatWeights | None = None
-    ) -> Tensor:
-        """Last hidden states that are read, [n, H], row by row, with an adapter on or none.
-
-        `trained` holds its weights.
-        """
+    def _states(self, rows: "_Rows", adapter: str | None) -> Tensor:
+        """Last hidden states that are read, [n, H], row by row, with an adapter on or none."""
         if self._decoder is not None and rows.packed is not None:
             return self._decoder.states(
                 rows.tokens,
                 rows.packed,
                 adapter=adapter,
-                trained=trained,
+                trained=self._weights_with(adapter),
                 boundary=rows.boundary,
             )
         with self._switched_to(adapter):
@@ -437,15 +432,13 @@ class Policy(CausalPolicy):
             ).last_hidden_state
         return hidden[rows.read]
 
-    def _critic_states(
-        self, states: Tensor, rows: "_Rows", trained: FlatWeights | None = None
-    ) -> Tensor:
+    def _critic_states(self, states: Tensor, rows: "_Rows") -> Tensor:
         """The states that the value head reads; the policy's own unless the critic has a trunk."""
         match self._critic:
             case Critic.DETACHED_HEAD:
                 return states.detach()
             case Critic.ADAPTER:
-                return self._states(rows, _CRITIC, trained)
+                return self._states(rows, _CRITIC)
             case _:
                 return states
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppo_engine.config import TrainConfig
+from ppo_engine.flat_weights import FlatWeights
 from ppo_engine.layout import Layout
 from ppo_engine.policy import Policy
 from ppo_engine.rollout import Rollout
@@ -136,8 +137,8 @@ def _tensors_without_gradient(
             boundary=rollout.boundary_of(batch.rows),
         )
         unreached = {
-            *_unreached(current.logprobs.sum(), policy.adapter_parameters()),
-            *_unreached(current.values.sum(), policy.value_parameters()),
+            *_unreached(current.logprobs.sum(), policy.adapter_weights),
+            *_unreached(current.values.sum(), policy.value_weights),
         }
         return [name for name in trained if name in unreached or not was_trainable[name]]
     finally:
@@ -147,17 +148,14 @@ def _tensors_without_gradient(
                 parameter.requires_grad_(was_trainable[name])
 
 
-def _unreached(total: Tensor, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """Names of the parameters that have no gradient of the total."""
-    if not (parameters and total.requires_grad):
-        return list(parameters)
-    tensors = list(parameters.values())
-    gradients = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
-    return [
-        name
-        for name, gradient in zip(parameters, gradients, strict=True)
-        if gradient is None or not bool(gradient.abs().sum() > 0)
-    ]
+def _unreached(total: Tensor, weights: FlatWeights | None) -> list[str]:
+    """Names of the weights that have no gradient of the total."""
+    if weights is None:
+        return []
+    if not total.requires_grad:
+        return list(weights.parameters)
+    gradients = weights.gradients_of(total)
+    return [name for name, each in gradients.items() if not bool(each.abs().sum() > 0)]
 
 
 def _failures(numbers: dict[str, Any], config: TrainConfig) -> list[str]:

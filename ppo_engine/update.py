@@ -244,7 +244,6 @@ class Updater:
             shape=batch.shape,
             boundary=rollout.boundary_of(batch.rows),
             entropy_gradient=self._config.entropy_coef != 0,
-            in_one_tensor=True,
         )
         targets = rollout.targets(batch.rows, mask)
         losses = pass_losses(

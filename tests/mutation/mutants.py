@@ -568,9 +568,9 @@ MUTANTS = (
     ),
     Mutant(
         name="an adapter's gradient forgets its scale",
-        file="decoder.py",
-        old="torch._foreach_mul_(flat[1::2], work.scales)",
-        new="torch._foreach_mul_(flat[1::2], 1.0)",
+        file="linear_groups.py",
+        old="torch._foreach_mul_(views[1::2], scales)",
+        new="torch._foreach_mul_(views[1::2], 1.0)",
         killers=(LIKE_TRANSFORMERS,),
     ),
     Mutant(

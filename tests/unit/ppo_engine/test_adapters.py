@@ -34,9 +34,9 @@ def evaluated(policy, rollout, *, boundary):
     found = policy.evaluate(
         samples.tokens, samples.attention_mask, samples.response_mask, boundary=boundary
     )
-    trained = policy.adapter_parameters() | policy.value_parameters()
     total = (found.logprobs * rollout.advantages).sum() + found.values.square().sum()
-    return found, torch.autograd.grad(total, list(trained.values()))
+    gradients = [each.gradients_of(total).values() for each in policy.trained_weights()]
+    return found, [each for of_weights in gradients for each in of_weights]
 
 
 def test_only_the_top_layers_are_adapted(tiny_model):

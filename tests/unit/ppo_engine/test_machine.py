@@ -51,7 +51,9 @@ def test_the_memory_of_a_token_is_what_the_backward_pass_keeps(tiny_model):
     apply = _Stack.apply
     try:
         _Stack.apply = lambda work, kept, *rest: (held.append(kept), apply(work, kept, *rest))[1]
-        decoder.states(torch.zeros(4, 80).long(), packed, adapter="default")
+        decoder.states(
+            torch.zeros(4, 80).long(), packed, adapter="default", trained=policy.adapter_weights
+        )
     finally:
         _Stack.apply = apply
 
