@@ -47,7 +47,7 @@ class SelfCheck:
 def self_check(
     policy: Policy, rollout: Rollout, config: TrainConfig, *, generator: torch.Generator
 ) -> SelfCheck:
-    """Walk twice over the rollout without learning, and ask every trainable tensor for a gradient.
+    """Walk over the rollout without learning, and ask every trainable tensor for a gradient.
 
     Call it on a rollout that the policy as it stands has made, before its first update.  Weights,
     optimizer and the run's random numbers are left exactly as they were.
@@ -86,15 +86,15 @@ def self_check(
 def _drift_without_learning(
     policy: Policy, rollout: Rollout, config: TrainConfig, generator: torch.Generator
 ) -> Tensor:
-    """The log-ratio of every response token in two walks over the rows, in two orders.
+    """The log-ratio of every response token, in a walk over the rows in an order of its own.
 
-    In float64 on the CPU.  The first walk builds the graph, as a pass does, the second does not.
+    In float64 on the CPU.  One half of the walk builds the graph, as a pass does, the other not.
     """
     found = []
     layout = Layout(policy, rollout.samples, config.micro_batch_size)
-    for has_graph in (True, False):
-        order = torch.randperm(len(rollout.scores), generator=generator)[:ROWS]
-        for batch in layout.micro_batches(order.to(policy.device)):
+    order = torch.randperm(len(rollout.scores), generator=generator)[:ROWS]
+    for has_graph, rows in zip((True, False), order.chunk(2), strict=False):
+        for batch in layout.micro_batches(rows.to(policy.device)):
             mask = rollout.samples.response_mask[batch.rows] & batch.is_real[:, None]
             with torch.set_grad_enabled(has_graph):
                 current = policy.evaluate(
@@ -103,6 +103,7 @@ def _drift_without_learning(
                     mask,
                     shape=batch.shape,
                     boundary=rollout.boundary_of(batch.rows),
+                    entropy_gradient=config.entropy_coef != 0,
                 )
             d = current.logprobs.detach() - rollout.old_logprobs[batch.rows]
             found.append(d[mask].double().cpu())
@@ -135,6 +136,7 @@ def _tensors_without_gradient(
             rollout.samples.attention_mask[batch.rows],
             mask,
             boundary=rollout.boundary_of(batch.rows),
+            entropy_gradient=False,
         )
         unreached = {
             *_unreached(current.logprobs.sum(), policy.adapter_weights),
