@@ -37,7 +37,7 @@ class FlatWeights:
     def gradients_of(self, total: Tensor) -> dict[str, Tensor]:
         """∂total/∂parameter by name, 0 where it depends on none; the graph stays.
 
-        They may be trained.  What a graph knows is each parameter, or the one tensor: see
+        All must require gradients.  What a graph knows is each parameter, or the one tensor: see
         `Decoder.states`.
         """
         together, *apart = torch.autograd.grad(
